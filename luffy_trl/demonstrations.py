@@ -1,0 +1,300 @@
+# Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
+
+"""
+From dataset rows to demonstrations: what a trace looks like in tokens, and which traces a row shows at a step.
+
+A demonstration has to look like something the policy could have sampled after the same prompt: the tokens that follow
+the rendered prompt, up to and including one token that ends generation.
+"""
+
+import importlib.metadata
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.logging import get_logger
+from datasets import Dataset, Features, IterableDataset, List, Value
+from transformers import PreTrainedTokenizerBase
+from trl.data_utils import is_conversational
+
+
+logger = get_logger(__name__)
+
+# Columns that `tokenize_demonstrations` adds, and that the trainer takes out again before reward functions see a row.
+DEMONSTRATION_COLUMNS = {
+    "demonstration_ids": List(List(Value("int32"))),  # the traces that fit, tokenized
+    "demonstrations_dropped": Value("int32"),  # how many did not
+    "demonstration_row": Value("int64"),  # number of the row in the dataset, so that a choice can depend on it
+}
+
+
+@dataclass
+class DemonstrationTokenizer:
+    """
+    Turns the traces of dataset rows into token ids; a function for `Dataset.map(batched=True, with_indices=True)`.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The policy's tokenizer.
+        field_name (`str`):
+            Column with the traces: `"demonstrations"` (a list of them) or `"completion"` (one).
+        eos_token_ids (`list[int]`):
+            Every token that ends generation. The first is appended where the chat template does not say which.
+        max_length (`int`):
+            Most tokens that a demonstration may have, the end-of-sequence token included.
+        overflow (`str`, *optional*, defaults to `"drop"`):
+            What to do with a longer trace: `"drop"`, `"truncate"` or `"error"`.
+        chat_template_kwargs (`dict`, *optional*):
+            Passed to the chat template, as for the prompts.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    field_name: str
+    eos_token_ids: list[int]
+    max_length: int
+    overflow: str = "drop"
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    # Part of the fingerprint under which `datasets` caches the result: another version may tokenize differently.
+    version: str = field(default_factory=lambda: importlib.metadata.version("luffy-trl"))
+
+    def __call__(self, rows: dict[str, list], indices: list[int]) -> dict[str, list]:
+        """
+        Tokenizes a batch of rows.
+
+        Args:
+            rows (`dict[str, list]`):
+                Columns of the batch, with `prompt` and `field_name` among them.
+            indices (`list[int]`):
+                Numbers of the rows in the dataset.
+
+        Returns:
+            `dict[str, list]`: The columns of `DEMONSTRATION_COLUMNS`.
+
+        Raises:
+            ValueError: If a trace cannot be used; the message names the row and the field.
+        """
+        places, prompt_texts, trace_texts, end_ids = [], [], [], []
+        for position, (index, prompt) in enumerate(zip(indices, rows["prompt"], strict=True)):
+            for trace, name in self._traces(rows[self.field_name][position], f"row {index}"):
+                prompt_text, trace_text, end_id = self._render(prompt, trace, name)
+                places.append((position, name))
+                prompt_texts.append(prompt_text)
+                trace_texts.append(trace_text)
+                end_ids.append(end_id)
+
+        demonstration_ids = [[] for _ in indices]
+        dropped = [0] * len(indices)
+        is_chat = bool(rows["prompt"]) and is_conversational({"prompt": rows["prompt"][0]})
+        all_ids = self._tokenize(prompt_texts, trace_texts, add_special_tokens=not is_chat)
+        for (position, name), ids, end_id in zip(places, all_ids, end_ids, strict=True):
+            ids = self._end_once(ids, end_id, name)
+            if len(ids) > self.max_length:
+                if self.overflow == "error":
+                    raise ValueError(
+                        f"{name} has {len(ids)} tokens, more than `max_completion_length={self.max_length}`. Shorten "
+                        "it, raise `max_completion_length`, or set `demonstration_overflow` to 'drop' or 'truncate'."
+                    )
+                if self.overflow == "drop":
+                    dropped[position] += 1
+                    continue
+                ids = ids[: self.max_length]
+            demonstration_ids[position].append(ids)
+        return {
+            "demonstration_ids": demonstration_ids,
+            "demonstrations_dropped": dropped,
+            "demonstration_row": indices,
+        }
+
+    def _traces(self, value: Any, row: str) -> list[tuple[str | list[dict], str]]:
+        """The traces of one row, each with a name for error messages."""
+        if value is None:
+            return []
+        if self.field_name == "completion":
+            traces = [(value, f"{row}: `completion`")]
+        elif isinstance(value, list):
+            traces = [(trace, f"{row}: `demonstrations[{i}]`") for i, trace in enumerate(value)]
+        else:
+            raise ValueError(
+                f"{row}: `demonstrations` must be a list of traces, got {type(value).__name__}. Wrap it in a list; a "
+                "row without a trace has an empty one."
+            )
+        return traces
+
+    def _render(self, prompt: str | list[dict], trace: str | list[dict], name: str) -> tuple[str, str, int]:
+        """The text of the prompt, the text of the trace as it follows it, and the token id that ends the trace."""
+        is_chat = is_conversational({"prompt": prompt})
+        if isinstance(trace, str):
+            content = trace
+        elif (
+            is_chat
+            and isinstance(trace, list)
+            and len(trace) == 1
+            and isinstance(trace[0], dict)
+            and trace[0].get("role") == "assistant"
+            and isinstance(trace[0].get("content"), str)
+            and not any(value for key, value in trace[0].items() if key not in ("role", "content"))
+        ):
+            content = trace[0]["content"]
+        else:
+            expected = "a string or one assistant message (`role` and `content`) in a list" if is_chat else "a string"
+            raise ValueError(f"{name} must be {expected}, got {str(trace)[:100]!r}. Mend the row, or drop it.")
+
+        if not is_chat:
+            prompt_text, end_id = prompt, self.eos_token_ids[0]
+            content = without_doubled_think(prompt_text, content)
+        else:
+            prompt_text = self._apply_chat_template(prompt, add_generation_prompt=True)
+            content = without_doubled_think(prompt_text, content)
+            end_text, end_id = self._end_of_turn(prompt)
+            # A template may trim or normalise the turn, and what it makes of it is what the policy should learn. But
+            # one that drops the reasoning, or opens the turn differently, does not show the trace: then it is used as
+            # it stands.
+            turn = self._apply_chat_template([*prompt, {"role": "assistant", "content": content}])
+            if turn.startswith(prompt_text) and content.strip() in turn[len(prompt_text) :]:
+                content = turn[len(prompt_text) :].removesuffix(end_text)
+        if not content.strip():
+            raise ValueError(f"{name} is empty. Remove it: a row without a trace has an empty list, or None.")
+        return prompt_text, content, end_id
+
+    def _apply_chat_template(self, messages: list[dict], **kwargs) -> str:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, **kwargs, **self.chat_template_kwargs)
+
+    def _end_of_turn(self, prompt: list[dict]) -> tuple[str, int]:
+        """What the chat template writes after an assistant turn, and the token of it that ends generation."""
+        if not hasattr(self, "_cached_end_of_turn"):
+            marker = "MARKER"
+            turn = self._apply_chat_template([*prompt, {"role": "assistant", "content": marker}])
+            text = turn[turn.rindex(marker) + len(marker) :]
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            end_ids = [token_id for token_id in ids if token_id in self.eos_token_ids]
+            if ids and not end_ids:
+                logger.warning(
+                    f"The chat template ends an assistant turn with {text!r}, which does not end generation "
+                    f"(`eos_token_id` is {self.eos_token_ids}). Demonstrations end with "
+                    f"{self.tokenizer.eos_token!r} instead. If that is not what you want, set `tokenizer.eos_token`, "
+                    "or `eos_token_id` in the model's generation config."
+                )
+            self._cached_end_of_turn = text, (end_ids or self.eos_token_ids)[0]
+        return self._cached_end_of_turn
+
+    def _tokenize(self, prompt_texts: list[str], trace_texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+        """The ids of each trace as the continuation of its prompt, whose own ids do not change."""
+        if not prompt_texts:
+            return []
+        full_texts = [prompt + trace for prompt, trace in zip(prompt_texts, trace_texts, strict=True)]
+        all_prompt_ids = self.tokenizer(prompt_texts, add_special_tokens=add_special_tokens)["input_ids"]
+        all_full_ids = self.tokenizer(full_texts, add_special_tokens=add_special_tokens)["input_ids"]
+        all_ids = []
+        for prompt_ids, full_ids, trace in zip(all_prompt_ids, all_full_ids, trace_texts, strict=True):
+            if full_ids[: len(prompt_ids)] == prompt_ids:
+                all_ids.append(full_ids[len(prompt_ids) :])
+            else:  # a token spans the border, which generation after this prompt could not produce
+                all_ids.append(self.tokenizer(trace, add_special_tokens=False)["input_ids"])
+        return all_ids
+
+    def _end_once(self, ids: list[int], end_id: int, name: str) -> list[int]:
+        end = next((i for i, token_id in enumerate(ids) if token_id in self.eos_token_ids), None)
+        if end is None:
+            return [*ids, end_id]
+        if self.tokenizer.decode(ids[end + 1 :], skip_special_tokens=True).strip():
+            raise ValueError(
+                f"{name} goes on after its end-of-sequence token {self.tokenizer.decode(ids[end])!r}, where the "
+                "policy would have stopped. Remove the token, or what follows it."
+            )
+        return ids[: end + 1]
+
+
+def without_doubled_think(prompt_text: str, trace: str) -> str:
+    r"""
+    Takes the opening `<think>` off a trace if the rendered prompt already ends with it.
+
+    Args:
+        prompt_text (`str`):
+            The prompt as the policy sees it.
+        trace (`str`):
+            The trace that follows it.
+
+    Returns:
+        `str`: The trace, not opening what the prompt has opened.
+    """
+    for opening in ("<think>\n", "<think>"):
+        if prompt_text.endswith(opening):
+            return trace.removeprefix(opening) if trace.startswith(opening) else trace.removeprefix("<think>")
+    return trace
+
+
+def tokenize_demonstrations(
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    eos_token_ids: list[int],
+    max_length: int,
+    overflow: str = "drop",
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> Dataset | IterableDataset:
+    """
+    Adds the columns of `DEMONSTRATION_COLUMNS` to a dataset. `datasets` caches the result of a dataset that lies on
+    disk, so that the next run of the same data and tokenizer does no work.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Rows with `prompt` and either `demonstrations` or `completion`.
+        tokenizer, eos_token_ids, max_length, overflow, chat_template_kwargs:
+            See [`DemonstrationTokenizer`].
+
+    Returns:
+        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: The dataset with the added columns.
+
+    Raises:
+        ValueError: If the dataset has neither or both of the columns, or a row of it cannot be used.
+    """
+    columns = dataset.column_names or list(next(iter(dataset)))
+    present = [name for name in ("demonstrations", "completion") if name in columns]
+    if len(present) != 1:
+        raise ValueError(
+            f"`train_dataset` has the columns {columns}. It must have exactly one of `demonstrations` (a list of "
+            "traces for each prompt) and `completion` (one trace). Rename or remove a column, or set "
+            "`num_demonstrations=0` to train without demonstrations."
+        )
+    if taken := set(columns) & set(DEMONSTRATION_COLUMNS):
+        raise ValueError(f"`train_dataset` has columns that LuffyTrainer itself adds: {sorted(taken)}. Rename them.")
+
+    function = DemonstrationTokenizer(
+        tokenizer, present[0], eos_token_ids, max_length, overflow, dict(chat_template_kwargs or {})
+    )
+    if isinstance(dataset, IterableDataset):
+        features = dataset.features and Features({**dataset.features, **DEMONSTRATION_COLUMNS})
+        return dataset.map(function, with_indices=True, batched=True, batch_size=64, features=features)
+
+    with PartialState().main_process_first():
+        dataset = dataset.map(
+            function,
+            with_indices=True,
+            batched=True,
+            features=Features({**dataset.features, **DEMONSTRATION_COLUMNS}),
+            desc="Tokenizing demonstrations",
+        )
+    return dataset
+
+
+def choose_demonstrations(row: dict[str, Any], num_demonstrations: int, seed: int, step: int) -> list[list[int]]:
+    """
+    Chooses the traces that a row shows at a step. Every process, and a resumed run, makes the same choice.
+
+    Args:
+        row (`dict[str, Any]`):
+            A row of the tokenized dataset.
+        num_demonstrations (`int`):
+            Most traces to choose.
+        seed (`int`):
+            Seed of the run.
+        step (`int`):
+            Optimizer step at which the group is generated.
+
+    Returns:
+        `list[list[int]]`: Token ids of at most `num_demonstrations` distinct traces, in the order of their slots.
+    """
+    traces = row["demonstration_ids"]
+    if len(traces) <= num_demonstrations:
+        return traces
+    return random.Random(f"{seed}-{step}-{row['demonstration_row']}").sample(traces, num_demonstrations)

@@ -1,0 +1,248 @@
+# Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
+
+"""
+The mathematics of LUFFY (arXiv 2504.14945): tensors in, tensors out, no trainer.
+
+A GRPO group of G completions mixes demonstrations (tokens that somebody else wrote) with rollouts (tokens that the
+policy sampled). [`group_advantages`] gives each completion of a group its advantage, [`policy_shaping`] is the paper's
+f, and [`mixed_policy_loss`] puts both together token by token. Summing the per-token loss over a batch, and dividing
+it, is the trainer's business.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+SHAPINGS = ("none", "regularized", "sqrt", "power", "log", "linear_log")
+BASELINES = ("group", "on_policy")
+SCALES = ("none", "group", "batch")
+
+
+def policy_shaping(
+    ratio: torch.Tensor, kind: str = "regularized", gamma: float = 0.1, power: float = 0.5, weight: float = 1.0
+) -> torch.Tensor:
+    r"""
+    Shapes an importance ratio r = pi_theta / pi_phi, before it multiplies the advantage (section 3.3 of the paper).
+
+    | `kind` | f(r) | option of the released code |
+    | --- | --- | --- |
+    | `"none"` | r | `no_reshape` |
+    | `"regularized"` | r / (r + gamma) | `p_div_p_0.1`, `p_div_p_0.3`, `p_div_p_0.5` |
+    | `"sqrt"` | sqrt(r) | `square_root` |
+    | `"power"` | r ^ power | `pow` |
+    | `"log"` | weight * log(r) | `logp` |
+    | `"linear_log"` | r + weight * log(r) | `p_logp` |
+
+    The derivative of the regularized shaping, gamma / (r + gamma)^2, is what gives rare tokens their weight.
+
+    Args:
+        ratio (`torch.Tensor`):
+            Importance ratios, any shape, not negative.
+        kind (`str`, *optional*, defaults to `"regularized"`):
+            One of the shapings of the table.
+        gamma (`float`, *optional*, defaults to `0.1`):
+            Used by `"regularized"`, positive.
+        power (`float`, *optional*, defaults to `0.5`):
+            Exponent of `"power"`.
+        weight (`float`, *optional*, defaults to `1.0`):
+            Weight of the logarithm in `"log"` and `"linear_log"`.
+
+    Returns:
+        `torch.Tensor`: The shaped ratio f(r), same shape as `ratio`.
+
+    Raises:
+        ValueError: If `kind` is unknown, or `gamma` is not positive where it is used.
+    """
+    if kind == "none":
+        return ratio
+    if kind == "regularized":
+        if gamma <= 0:
+            raise ValueError(f"`gamma` must be positive, got {gamma}. The paper uses 0.1.")
+        return ratio / (ratio + gamma)
+    # The functions below have an infinite derivative at 0, where a token of log-probability < -100 underflows to.
+    ratio = ratio.clamp_min(torch.finfo(ratio.dtype).tiny)
+    if kind == "sqrt":
+        return ratio.sqrt()
+    if kind == "power":
+        return ratio.pow(power)
+    if kind == "log":
+        return weight * ratio.log()
+    if kind == "linear_log":
+        return ratio + weight * ratio.log()
+    raise ValueError(f"Unknown shaping {kind!r}. Choose one of {', '.join(SHAPINGS)}.")
+
+
+@dataclass(frozen=True)
+class Shaping:
+    """
+    A shaping and its parameters as one value; see [`policy_shaping`] for what they mean.
+
+    Args:
+        kind (`str`, *optional*, defaults to `"regularized"`):
+            Name of the shaping.
+        gamma (`float`, *optional*, defaults to `0.1`):
+            Parameter of `"regularized"`.
+        power (`float`, *optional*, defaults to `0.5`):
+            Parameter of `"power"`.
+        weight (`float`, *optional*, defaults to `1.0`):
+            Parameter of `"log"` and `"linear_log"`.
+    """
+
+    kind: str = "regularized"
+    gamma: float = 0.1
+    power: float = 0.5
+    weight: float = 1.0
+
+    def __call__(self, ratio: torch.Tensor) -> torch.Tensor:
+        return policy_shaping(ratio, self.kind, gamma=self.gamma, power=self.power, weight=self.weight)
+
+
+def mixed_policy_loss(
+    per_token_logps: torch.Tensor,
+    old_per_token_logps: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    demonstration_mask: torch.Tensor,
+    *,
+    behavior_logps: torch.Tensor | None = None,
+    shaping: Shaping = Shaping(),
+    on_policy_shaping: Shaping = Shaping("none"),
+    clip_range: tuple[float, float] | None = None,
+    ratio_range: tuple[float | None, float | None] = (None, None),
+    max_token_prob: float | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    r"""
+    Policy-gradient loss of a batch that mixes demonstration tokens and rollout tokens (arXiv 2504.14945, section 3).
+
+    A demonstration token has the ratio r = pi_theta / pi_phi and the loss -f(r) * A: shaped, never clipped to the
+    trust region, and with a gradient for both signs of A. A rollout token has the ratio r = pi_theta / pi_old and the
+    loss -r * A, or PPO's clipped one.
+
+    Args:
+        per_token_logps (`torch.Tensor` of shape `(B, T)`):
+            Log-probabilities of the tokens under the policy, with gradient.
+        old_per_token_logps (`torch.Tensor` of shape `(B, T)`):
+            Log-probabilities under the policy that sampled the rollouts. Not read on demonstration tokens.
+        advantages (`torch.Tensor` of shape `(B,)`, `(B, 1)` or `(B, T)`):
+            Advantages, per completion or per token.
+        mask (`torch.Tensor` of shape `(B, T)`):
+            1 on the tokens that carry a loss, 0 on padding.
+        demonstration_mask (`torch.Tensor` of shape `(B, T)`, bool):
+            True where the token came from the dataset.
+        behavior_logps (`torch.Tensor` of shape `(B, T)`, *optional*):
+            Log-probabilities log pi_phi of the demonstration tokens under whoever wrote them. Not read on rollout
+            tokens. `None` is the paper's pi_phi = 1.
+        shaping ([`Shaping`], *optional*, defaults to the paper's `Shaping("regularized", gamma=0.1)`):
+            Shaping of the demonstration ratio.
+        on_policy_shaping ([`Shaping`], *optional*, defaults to `Shaping("none")`):
+            Shaping of the rollout ratio. `"regularized"` is f(pi_theta) / f(pi_old) here, as in the released code, so
+            that it is 1 before the first update.
+        clip_range (`tuple[float, float]`, *optional*):
+            Bounds of the rollout ratio in PPO's clipped objective, such as `(0.8, 1.2)`. `None` does not clip
+            (appendix E.1).
+        ratio_range (`tuple[float | None, float | None]`, *optional*, defaults to `(None, None)`):
+            Bounds that the demonstration coefficient is clamped to after shaping. A clamped token has no gradient.
+        max_token_prob (`float`, *optional*):
+            Tokens of either kind that the policy gives a higher probability carry no loss.
+
+    Returns:
+        `tuple[torch.Tensor, dict[str, torch.Tensor]]`: The loss of each token, of shape `(B, T)` and 0 where `mask`
+        is 0, and detached statistics of the same shape: `coefficient` (what multiplies the advantage, after shaping
+        and clamps), `low_clipped` and `high_clipped` (bool; rollout tokens whose gradient was clipped away).
+    """
+    if advantages.dim() == 1:
+        advantages = advantages.unsqueeze(1)
+    if behavior_logps is None:
+        behavior_logps = torch.zeros_like(old_per_token_logps)
+
+    ratio = torch.exp(per_token_logps - torch.where(demonstration_mask, behavior_logps, old_per_token_logps))
+    low, high = ratio_range
+    demonstration_coefficient = shaping(ratio)
+    if low is not None or high is not None:
+        demonstration_coefficient = demonstration_coefficient.clamp(low, high)
+    if on_policy_shaping.kind == "regularized":
+        rollout_coefficient = on_policy_shaping(per_token_logps.exp()) / on_policy_shaping(old_per_token_logps.exp())
+    else:
+        rollout_coefficient = on_policy_shaping(ratio)
+    coefficient = torch.where(demonstration_mask, demonstration_coefficient, rollout_coefficient)
+
+    objective = coefficient * advantages
+    low_clipped = high_clipped = torch.zeros_like(demonstration_mask)
+    if clip_range is not None:
+        low, high = clip_range
+        low_clipped = (rollout_coefficient < low) & (advantages < 0) & ~demonstration_mask
+        high_clipped = (rollout_coefficient > high) & (advantages > 0) & ~demonstration_mask
+        clipped_objective = rollout_coefficient.clamp(low, high) * advantages
+        objective = torch.min(objective, torch.where(demonstration_mask, objective, clipped_objective))
+
+    if max_token_prob is not None:
+        mask = mask * (per_token_logps.exp() <= max_token_prob)
+    per_token_loss = -objective * mask
+    stats = {"coefficient": coefficient.detach(), "low_clipped": low_clipped, "high_clipped": high_clipped}
+    return per_token_loss, stats
+
+
+def group_advantages(
+    rewards: torch.Tensor,
+    num_generations: int,
+    demonstration_rows: torch.Tensor,
+    *,
+    baseline: str = "group",
+    scale: str = "none",
+) -> torch.Tensor:
+    r"""
+    Advantages of completions that come in groups, some of which are demonstrations (arXiv 2504.14945, section 3.2).
+
+    A = r - mean, where the mean is over the whole group (the paper) or over its rollouts only (the released code's
+    `grpo_split`). Without demonstrations both are GRPO's advantages, to the last bit.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(N,)`):
+            Rewards of the completions, group after group. NaN stands for "no reward function applies": such a row has
+            advantage 0 and does not count in the baseline.
+        num_generations (`int`):
+            Group size G; N is a multiple of it.
+        demonstration_rows (`torch.Tensor` of shape `(N,)`, bool):
+            True for completions with demonstration tokens.
+        baseline (`str`, *optional*, defaults to `"group"`):
+            `"group"` or `"on_policy"`: which rows of a group the mean and the standard deviation are taken over.
+        scale (`str`, *optional*, defaults to `"none"`):
+            What the advantages are divided by, as in [`~trl.GRPOConfig`]'s `scale_rewards`: `"none"`, `"group"` (the
+            standard deviation of the group) or `"batch"` (that of all rows). With `baseline="on_policy"` the
+            deviation is taken over rollouts, and where rollouts do not differ, a group with demonstrations is not
+            divided: 1 / 1e-4 would drown all other groups.
+
+    Returns:
+        `torch.Tensor`: Advantages of shape `(N,)`.
+
+    Raises:
+        ValueError: If `baseline` or `scale` is unknown.
+    """
+    if baseline not in BASELINES:
+        raise ValueError(f"Unknown advantage baseline {baseline!r}. Choose one of {', '.join(BASELINES)}.")
+    if scale not in SCALES:
+        raise ValueError(f"Unknown reward scale {scale!r}. Choose one of {', '.join(SCALES)}.")
+
+    baseline_rewards = rewards.masked_fill(demonstration_rows, torch.nan) if baseline == "on_policy" else rewards
+    baseline_groups = baseline_rewards.view(-1, num_generations)
+    advantages = rewards - torch.nanmean(baseline_groups, dim=1).repeat_interleave(num_generations)
+    if scale != "none":
+        if scale == "group":
+            std = _nanstd(baseline_groups, dim=1).repeat_interleave(num_generations)
+        else:
+            std = _nanstd(baseline_rewards, dim=0).expand_as(rewards)
+        divisor = std + 1e-4
+        if baseline == "on_policy":
+            is_mixed = demonstration_rows.view(-1, num_generations).any(dim=1).repeat_interleave(num_generations)
+            divisor = torch.where(is_mixed & ~(std > 1e-6), torch.ones_like(divisor), divisor)
+        advantages = advantages / divisor
+    return torch.nan_to_num(advantages, nan=0.0)
+
+
+def _nanstd(values: torch.Tensor, dim: int) -> torch.Tensor:
+    """Unbiased standard deviation that ignores NaN, in TRL's order of operations; NaN where fewer than two count."""
+    variance = torch.nanmean((values - torch.nanmean(values, dim=dim, keepdim=True)) ** 2, dim=dim)
+    count = torch.sum(~torch.isnan(values), dim=dim)
+    correction = torch.where(count > 1, count / (count - 1), torch.nan)
+    return torch.sqrt(variance * correction)

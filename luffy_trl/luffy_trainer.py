@@ -1,0 +1,561 @@
+# Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
+
+"""
+LUFFY (arXiv 2504.14945) on TRL's GRPOTrainer. What differs from GRPO, in the order of a training step:
+
+1. `_generate_and_score_completions` gives the first k slots of each group to demonstrations from the dataset.
+2. `_generate_single_turn` samples the other G - k slots only, and puts the demonstrations' tokens between them.
+3. `_calculate_rewards` scores both alike. TRL gets to see the rollouts' rewards only: its metrics skip what is NaN.
+4. The advantages are those of the mixed group (`losses.group_advantages`).
+5. `_compute_loss` shapes the ratio of demonstration tokens (`losses.mixed_policy_loss`); the rest of it (loss types,
+   KL, entropy bonus, metrics) is TRL's, with every TRL metric taken over rollout tokens.
+
+The metrics `demonstrations/*` and `on_policy/*` are kept as sums and divided when they are logged, so that processes
+and micro-batches weigh as many tokens as they hold.
+
+These are private methods of TRL 1.16, which is why luffy-trl pins its minor version.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed
+from accelerate.utils import broadcast_object_list, gather_object
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from torch import nn
+from transformers import (
+    AutoProcessor,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+)
+from trl import GRPOTrainer
+from trl.extras.profiling import profiling_context
+from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
+from trl.trainer.utils import get_config_model_id, nanmax, nanmin, nanstd
+
+from .demonstrations import DEMONSTRATION_COLUMNS, choose_demonstrations, tokenize_demonstrations
+from .losses import Shaping, group_advantages, mixed_policy_loss
+from .luffy_config import LuffyConfig
+from .model_card import save_model_card
+
+
+_TOKEN_METRICS = (
+    "demonstrations/loss",
+    "demonstrations/prob",
+    "demonstrations/ratio",
+    "demonstrations/fraction",
+    "on_policy/loss",
+)
+
+
+class LuffyTrainer(GRPOTrainer):
+    """
+    Trainer for LUFFY: GRPO in which some completions of each group are demonstrations from the dataset, with a shaped
+    importance ratio. It takes every argument of [`~trl.GRPOTrainer`], under the same names.
+
+    Example:
+
+    ```python
+    from luffy_trl import LuffyConfig, LuffyTrainer
+    from luffy_trl.rewards import math_verify_reward
+
+    trainer = LuffyTrainer(
+        model="Qwen/Qwen2.5-Math-1.5B",
+        reward_funcs=math_verify_reward,
+        args=LuffyConfig(output_dir="luffy", num_generations=8, num_demonstrations=1),
+        train_dataset=dataset,
+    )
+    trainer.train()
+    ```
+
+    Args:
+        args ([`LuffyConfig`], *optional*):
+            Configuration. If `None`, the defaults of [`LuffyConfig`].
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            As in [`~trl.GRPOTrainer`], and with the traces: either a column `demonstrations`, a list of traces for
+            each prompt, or TRL's prompt-completion format with one trace in `completion`. A trace is a string, or, with
+            conversational prompts, a list with one assistant message. A row without a trace (an empty list or `None`)
+            trains on rollouts alone.
+        model, reward_funcs, eval_dataset, processing_class, reward_processing_classes, callbacks, optimizers,
+        quantization_config, peft_config, tools, rollout_func, environment_factory:
+            As in [`~trl.GRPOTrainer`]. The last three are refused together with demonstrations. `eval_dataset` is
+            evaluated on the policy's own completions; demonstrations in it are not used.
+
+    Raises:
+        ValueError: If an option has no meaning with demonstrations, or a row of the dataset cannot be used. The
+            message names the option, or the row and the field.
+    """
+
+    _tag_names = ["trl", "luffy", "grpo"]
+    _name = "LUFFY"
+    _paper = {
+        "title": "Learning to Reason under Off-Policy Guidance",
+        "id": "2504.14945",
+        "citation": """\
+@article{yan2025learning,
+    title        = {{Learning to Reason under Off-Policy Guidance}},
+    author       = {Jianhao Yan and Yafu Li and Zican Hu and Zhi Wang and Ganqu Cui and Xiaoye Qu and Yu Cheng and Yue Zhang},
+    year         = 2025,
+    eprint       = {arXiv:2504.14945},
+}""",
+    }
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel",
+        reward_funcs: RewardFunc | list[RewardFunc] | None = None,
+        args: LuffyConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset
+        | IterableDataset
+        | DatasetDict
+        | IterableDatasetDict
+        | dict[str, Dataset | IterableDataset]
+        | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config=None,
+        peft_config=None,
+        tools: list[Callable] | None = None,
+        rollout_func: RolloutFunc | None = None,
+        environment_factory: EnvironmentFactory | dict[str, EnvironmentFactory] | None = None,
+    ):
+        model_id = model if isinstance(model, str) else get_config_model_id(model.config)
+        if args is None:
+            args = LuffyConfig(f"{model_id.split('/')[-1]}-LUFFY")
+        if not isinstance(args, LuffyConfig):
+            raise ValueError(f"`args` must be a `LuffyConfig`, got `{type(args).__name__}`. It takes the same fields.")
+
+        # Everything that can be wrong with the data is found before a model is loaded.
+        if args.num_demonstrations > 0:
+            refused = {"tools": tools, "rollout_func": rollout_func, "environment_factory": environment_factory}
+            for name, value in refused.items():
+                if value:
+                    raise ValueError(
+                        f"`{name}` is not supported together with demonstrations: a trace from the dataset has not "
+                        f"interacted with it. Remove `{name}`, or set `num_demonstrations=0`."
+                    )
+            if train_dataset is None:
+                raise ValueError("`train_dataset` is required: it holds the prompts and the demonstrations.")
+            revision = (args.model_init_kwargs or {}).get("revision")
+            if processing_class is None:
+                processing_class = AutoProcessor.from_pretrained(
+                    model_id,
+                    revision=revision,
+                    truncation_side="left",
+                    padding_side="left",
+                    trust_remote_code=args.trust_remote_code,
+                )
+            if isinstance(model, str):
+                try:
+                    generation_config = GenerationConfig.from_pretrained(model_id, revision=revision)
+                except OSError:  # a model without a generation config, whose defaults say nothing about the tokens
+                    generation_config = GenerationConfig()
+            else:
+                generation_config = model.generation_config
+            train_dataset = _add_demonstrations(train_dataset, processing_class, generation_config, args)
+
+        super().__init__(
+            model=model,
+            reward_funcs=reward_funcs,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            reward_processing_classes=reward_processing_classes,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            tools=tools,
+            rollout_func=rollout_func,
+            environment_factory=environment_factory,
+        )
+        self._shaping = Shaping(args.policy_shaping, gamma=args.policy_shaping_gamma)
+        self._clip_range = (
+            (1 - self.epsilon_low, 1 + self.epsilon_high) if args.ratio_clipping == "on_policy" else None
+        )
+        # (sum, count) of each metric that is divided when it is logged
+        zero = torch.zeros(2, device=self.accelerator.device)
+        self._sums = {"train": defaultdict(lambda: zero), "eval": defaultdict(lambda: zero)}
+        # State of the generation batch at hand: the demonstration of each local row (or None), and over all processes
+        # which rows are demonstrations and what rewards the rows got.
+        self._demonstrations: list[list[int] | None] = []
+        self._is_demonstration: torch.Tensor | None = None
+        self._rewards_per_func: torch.Tensor | None = None
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        self._signature_columns += [name for name in DEMONSTRATION_COLUMNS if name not in self._signature_columns]
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor | Any]:
+        mode = "train" if self.model.training else "eval"
+        device = self.accelerator.device
+        use_demonstrations = mode == "train" and self.args.num_demonstrations > 0
+
+        first_row = self.accelerator.process_index * len(inputs)  # groups span processes
+        self._demonstrations = [None] * len(inputs)
+        dropped = [0] * len(inputs)
+        if use_demonstrations:
+            for i, row in enumerate(inputs):
+                slot = (first_row + i) % self.num_generations
+                traces = choose_demonstrations(
+                    row, self.args.num_demonstrations, self.args.seed, self.state.global_step
+                )
+                if slot < len(traces):
+                    self._demonstrations[i] = traces[slot]
+                if slot == 0:
+                    dropped[i] = row["demonstrations_dropped"]
+        lengths = [len(ids) if ids is not None else 0 for ids in self._demonstrations]
+        demonstration_lengths, all_dropped = self.accelerator.gather(torch.tensor([lengths, dropped]).T.to(device)).T
+        self._is_demonstration = demonstration_lengths > 0
+        self._log_completion_extra("source", ["demonstration" if length else "rollout" for length in lengths])
+
+        inputs = [{key: value for key, value in row.items() if key not in DEMONSTRATION_COLUMNS} for row in inputs]
+        output = super()._generate_and_score_completions(inputs)
+
+        positions = torch.arange(output["completion_ids"].size(1), device=device)
+        output["demonstration_mask"] = positions < torch.tensor(lengths, device=device).unsqueeze(1)
+        if use_demonstrations:
+            rewards_per_func = self._rewards_per_func
+            rewards = (rewards_per_func * self.reward_weights.to(device).unsqueeze(0)).nansum(dim=1)
+            rewards[torch.isnan(rewards_per_func).all(dim=1)] = torch.nan
+            advantages = group_advantages(
+                rewards,
+                self.num_generations,
+                self._is_demonstration,
+                baseline=self.args.advantage_baseline,
+                scale=self.scale_rewards,
+            )
+            output["advantages"] = advantages[first_row : first_row + len(inputs)]
+
+            # The table gets the rewards that TRL was not shown; the deques hold exactly one generation batch.
+            for i, name in enumerate(self.reward_func_names):
+                self._logs["rewards"][name].extend(rewards_per_func[:, i].tolist())
+            self._logs["advantages"].extend(advantages.tolist())
+            self._log_group_metrics(rewards, demonstration_lengths, all_dropped)
+            if self._is_demonstration.any():
+                self._describe_rollouts_only(rewards, output)
+        return output
+
+    def _log_group_metrics(self, rewards: torch.Tensor, demonstration_lengths: torch.Tensor, dropped: torch.Tensor):
+        """Metrics of the generation batch that every process can compute from what has been gathered anyway."""
+        metrics = self._metrics["train"]
+        metrics["demonstrations/dropped"].append(dropped.sum().item())
+        if self._is_demonstration.any():
+            metrics["demonstrations/reward"].append(rewards[self._is_demonstration].nanmean().item())
+            metrics["demonstrations/length"].append(
+                demonstration_lengths[self._is_demonstration].float().mean().item()
+            )
+        # A group is solved where all of its rollouts earn what one perfect completion earns (1 per reward function).
+        # Rows that no reward function scores have no say.
+        rollout_groups = rewards.masked_fill(self._is_demonstration, torch.nan).view(-1, self.num_generations)
+        is_silent = rollout_groups.isnan()
+        full_reward = self.reward_weights.sum().item()
+        scored_groups = rollout_groups[~is_silent.all(dim=1)]
+        if len(scored_groups) > 0:
+            solve_all = (scored_groups.nan_to_num(full_reward) >= full_reward).all(dim=1)
+            solve_none = (scored_groups.nan_to_num(0.0) <= 0).all(dim=1)
+            metrics["on_policy/solve_all"].append(solve_all.float().mean().item())
+            metrics["on_policy/solve_none"].append(solve_none.float().mean().item())
+
+    def _describe_rollouts_only(self, rewards: torch.Tensor, output: dict[str, torch.Tensor | Any]):
+        """Replaces the metrics of TRL for which it is not enough that demonstrations have the reward NaN."""
+        metrics = self._metrics["train"]
+        if self.scale_rewards != "batch":
+            rollout_rewards = rewards.masked_fill(self._is_demonstration, torch.nan)
+            std = nanstd(rollout_rewards.view(-1, self.num_generations), dim=1)
+            std = std.nan_to_num(0.0)  # a single rollout does not differ from itself
+            metrics["frac_reward_zero_std"][-1] = torch.isclose(std, torch.zeros_like(std)).float().mean().item()
+
+        if "importance_sampling_ratio" in output:
+            is_rollout = output["completion_mask"].bool() & ~output["demonstration_mask"]
+            delta = torch.abs(output["old_per_token_logps"] - output["sampling_per_token_logps"])
+            delta = delta[is_rollout & ~delta.isnan()]
+            total, count = self.accelerator.reduce(torch.stack([delta.sum(), delta.new_tensor(delta.numel())]), "sum")
+            metrics["sampling/sampling_logp_difference/mean"][-1] = (total / count.clamp(min=1)).item()
+
+            ratio = output["importance_sampling_ratio"]
+            ratio = ratio[is_rollout.any(dim=1)].flatten() if ratio.size(1) == 1 else ratio[is_rollout]
+            total, count = self.accelerator.reduce(torch.stack([ratio.sum(), ratio.new_tensor(ratio.numel())]), "sum")
+            metrics["sampling/importance_sampling_ratio/mean"][-1] = (total / count.clamp(min=1)).item()
+            nan = torch.tensor(torch.nan, device=ratio.device)
+            lowest = self.accelerator.gather(ratio.min() if ratio.numel() else nan)
+            highest = self.accelerator.gather(ratio.max() if ratio.numel() else nan)
+            metrics["sampling/importance_sampling_ratio/min"][-1] = nanmin(lowest).item()
+            metrics["sampling/importance_sampling_ratio/max"][-1] = nanmax(highest).item()
+
+    def _generate(self, prompts: list):
+        result = super()._generate(prompts)
+        if self._is_demonstration.any():
+            # TRL has just described all completions; these are the same formulas over the policy's own.
+            metrics = self._metrics["train"]
+            completion_ids = result[1]
+            ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+            described = torch.tensor([[len(ids), ids[-1] not in ends] for ids in completion_ids])
+            lengths, is_truncated = self.accelerator.gather(described.to(self.accelerator.device)).T
+            is_truncated = is_truncated[~self._is_demonstration].bool()
+            lengths = lengths[~self._is_demonstration].float()
+            metrics["completions/clipped_ratio"][-1] = is_truncated.float().mean().item()
+            terminated_lengths = lengths[~is_truncated] if not is_truncated.all() else torch.zeros(1)
+            for kind, values in (("", lengths), ("terminated_", terminated_lengths)):
+                metrics[f"completions/mean_{kind}length"][-1] = values.mean().item()
+                metrics[f"completions/min_{kind}length"][-1] = values.min().item()
+                metrics[f"completions/max_{kind}length"][-1] = values.max().item()
+        return result
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        if not self._is_demonstration.any():
+            return super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, num_generations, has_tool_images
+            )
+
+        rollout_prompt_ids = [ids for ids, trace in zip(prompt_ids, self._demonstrations, strict=True) if not trace]
+        if self.use_vllm:
+            rollout_ids, rollout_logps = self._generate_rollouts_with_vllm(rollout_prompt_ids)
+        elif rollout_prompt_ids:
+            rollout_ids, rollout_logps = super()._generate_single_turn(rollout_prompt_ids, None, {}, num_generations)
+        else:
+            rollout_ids, rollout_logps = [], None
+            if self.is_fsdp_enabled or self.accelerator.state.zero_stage == 3:
+                # Sharded models generate together: a process without rollouts has to take part, or the others hang.
+                super()._generate_single_turn(prompt_ids[:1], None, {}, num_generations)
+
+        rollouts = iter(rollout_ids)
+        completion_ids = [trace or next(rollouts) for trace in self._demonstrations]
+        if not self.use_vllm:
+            return completion_ids, None
+        # No sampler gave a demonstration log-probs: `None` becomes an importance-sampling ratio of exactly 1.
+        logps = iter(rollout_logps)
+        return completion_ids, [[None] * len(trace) if trace else next(logps) for trace in self._demonstrations]
+
+    def _generate_rollouts_with_vllm(self, prompt_ids: list[list[int]]) -> tuple[list[list[int]], list[list[float]]]:
+        """
+        Samples one completion for each prompt where processes hold different numbers of prompts.
+
+        TRL's vLLM client gives each process the slice of completions that it would own if all of them held as many
+        prompts, in runs of `num_generations`. So one process passes the prompts of all and the others none, and then
+        each takes its own.
+        """
+        if self.state.global_step != self._last_loaded_step:  # all processes, those without a rollout too
+            with profiling_context(self, "sync_weights"):
+                self.vllm_generation.sync_weights()
+            self._last_loaded_step = self.state.global_step
+
+        is_server = self.vllm_mode == "server"
+        if not is_server and self.vllm_generation.tensor_parallel_size == 1:
+            return super()._generate_single_turn(prompt_ids, None, {}, 1) if prompt_ids else ([], [])
+
+        group = None if is_server else self.vllm_generation.tp_group
+        if is_server:
+            prompts_of_rank = gather_object([prompt_ids])
+            rank = self.accelerator.process_index
+        else:
+            prompts_of_rank = [None] * self.vllm_generation.tensor_parallel_size
+            torch.distributed.all_gather_object(prompts_of_rank, prompt_ids, group=group)
+            rank = torch.distributed.get_rank(group=group)
+        all_prompts = [ids for prompts in prompts_of_rank for ids in prompts]
+        if not all_prompts:
+            return [], []
+
+        # Where every group has as many rollouts, the server samples them from one request per prompt.
+        run = self.num_generations - self.args.num_demonstrations
+        in_runs = len(all_prompts) % run == 0 and all(
+            ids == all_prompts[i - i % run] for i, ids in enumerate(all_prompts)
+        )
+        result = super()._generate_single_turn(
+            all_prompts if rank == 0 else [], None, {}, run if is_server and in_runs else 1
+        )
+        if is_server:
+            result = broadcast_object_list([result], from_process=0)[0]
+        else:
+            results = [None] * len(prompts_of_rank)
+            torch.distributed.all_gather_object(results, result, group=group)
+            result = results[0]
+        start = sum(len(prompts) for prompts in prompts_of_rank[:rank])
+        return tuple(values[start : start + len(prompt_ids)] for values in result)
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        self._rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        return self._rewards_per_func.masked_fill(self._is_demonstration.unsqueeze(1), torch.nan)
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor | Any]) -> torch.Tensor:
+        if self.args.num_demonstrations == 0 and self.args.ratio_clipping == "on_policy":
+            return super()._compute_loss(model, inputs)  # plain GRPO, with every loss and option that TRL has
+
+        mode = "train" if self.model.training else "eval"
+        mask = inputs["completion_mask"]
+        demonstration_mask = inputs["demonstration_mask"] & mask.bool()
+        rollout_mask = mask * ~demonstration_mask
+        per_token_logps, entropies, aux_loss = self._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            torch.cat([inputs["prompt_mask"], mask], dim=1),
+            mask.size(1),
+            compute_entropy=True,
+            compute_aux_loss=self.aux_loss_enabled,
+        )
+        old_per_token_logps = inputs.get("old_per_token_logps")
+        old_per_token_logps = per_token_logps.detach() if old_per_token_logps is None else old_per_token_logps
+        per_token_loss, stats = mixed_policy_loss(
+            per_token_logps,
+            old_per_token_logps,
+            inputs["advantages"],
+            mask,
+            demonstration_mask,
+            shaping=self._shaping,
+            clip_range=self._clip_range,
+        )
+        if "importance_sampling_ratio" in inputs:
+            per_token_loss = per_token_loss * inputs["importance_sampling_ratio"]
+        self._sum(mode, "demonstrations/loss", per_token_loss, demonstration_mask)
+        self._sum(mode, "demonstrations/prob", per_token_logps.exp(), demonstration_mask)
+        self._sum(mode, "demonstrations/ratio", stats["coefficient"], demonstration_mask)
+        self._sum(mode, "demonstrations/fraction", demonstration_mask, mask)
+        self._sum(mode, "on_policy/loss", per_token_loss, rollout_mask)
+
+        rollout_means = {"entropy": entropies}
+        if self.beta != 0.0:
+            ref_log_ratio = inputs["ref_per_token_logps"] - per_token_logps
+            per_token_kl = torch.exp(ref_log_ratio) - ref_log_ratio - 1
+            if self.args.use_bias_correction_kl:
+                # The correction turns samples of pi_old into samples of pi_theta. A demonstration is neither.
+                ratio = torch.exp(per_token_logps - old_per_token_logps)
+                per_token_kl = per_token_kl * torch.where(demonstration_mask, torch.ones_like(ratio), ratio)
+            per_token_loss = per_token_loss + self.beta * per_token_kl
+            rollout_means["kl"] = per_token_kl
+
+        # The denominators are TRL's: demonstrations are completions of the batch like any other.
+        accumulation_steps = self.current_gradient_accumulation_steps if mode == "train" else 1.0
+        if self.loss_type == "grpo":
+            loss = ((per_token_loss * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).mean()
+        elif self.loss_type == "bnpo":
+            loss = (per_token_loss * mask).sum() / mask.sum().clamp(min=1.0)
+        elif self.loss_type == "dr_grpo":
+            loss = (per_token_loss * mask).sum() / (per_token_loss.size(0) * self.max_completion_length)
+        else:  # "dapo", whose denominator spans the generation batch
+            num_tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+            if mode == "train":
+                num_tokens = num_tokens * accumulation_steps / self.args.steps_per_generation
+            loss = (per_token_loss * mask).sum() / num_tokens
+        policy_loss = loss.detach()
+        if self.loss_type != "dapo":
+            loss = loss / accumulation_steps
+
+        if self._entropy_bonus_enabled:  # demonstration tokens included, as in the released code
+            entropy_loss = (entropies * mask).sum() / mask.sum().clamp(min=1.0) / accumulation_steps
+            loss = loss - self.entropy_coef * entropy_loss
+            self._metrics[mode]["policy_loss"].append(self.accelerator.gather(policy_loss).nanmean().item())
+            if mode == "train" and self.accelerator.sync_gradients:
+                self._metrics[mode]["entropy_coef"].append(self.entropy_coef)
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * aux_loss / accumulation_steps
+            self._metrics[mode]["aux_loss"].append(self.accelerator.gather_for_metrics(aux_loss).mean().item())
+
+        self._log_rollout_means(mode, rollout_means, stats, rollout_mask, mask)
+        return loss
+
+    def _sum(self, mode: str, name: str, values: torch.Tensor, mask: torch.Tensor):
+        """Adds to the (sum, count) from which `log` makes the metric `name`."""
+        sums = torch.stack([(values.detach() * mask).sum().float(), mask.sum().float()])
+        self._sums[mode][name] = self._sums[mode][name] + sums
+
+    def _log_rollout_means(self, mode, means, stats, rollout_mask, mask):
+        """TRL's metrics of a micro-batch, over rollout tokens, with one reduction and one gather for all of them."""
+        low, high = stats["low_clipped"].float(), stats["high_clipped"].float()
+        means = {
+            **means,
+            "clip_ratio/low_mean": low,
+            "clip_ratio/high_mean": high,
+            "clip_ratio/region_mean": (stats["low_clipped"] | stats["high_clipped"]).float(),
+        }
+        sums = [(values.detach() * rollout_mask).sum() for values in means.values()]
+        counts = [rollout_mask.sum().float(), mask.sum().float()]
+        *totals, num_rollout_tokens, num_tokens = self.accelerator.reduce(torch.stack([*sums, *counts]), "sum")
+        if num_rollout_tokens == 0 and num_tokens > 0:
+            return  # only demonstrations in this micro-batch, on any process
+        for name, total in zip(means, totals, strict=True):
+            self._metrics[mode][name].append((total / num_rollout_tokens.clamp(min=1.0)).item())
+        # NaN for a demonstration, and left out
+        per_row = torch.stack(
+            [(values * rollout_mask).sum(-1) / rollout_mask.sum(-1) for values in (low, high)], dim=1
+        )
+        lows, highs = self.accelerator.gather(per_row).T
+        self._metrics[mode]["clip_ratio/low_min"].append(nanmin(lows).item())
+        self._metrics[mode]["clip_ratio/high_max"].append(nanmax(highs).item())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        sums = self._sums[mode]
+        totals = self.accelerator.reduce(torch.stack([sums[name] for name in _TOKEN_METRICS]), "sum").tolist()
+        for name, (total, count) in zip(_TOKEN_METRICS, totals, strict=True):
+            if count > 0:
+                self._metrics[mode][name].append(total / count)
+        sums.clear()
+        super().log(logs, start_time)
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ):
+        """
+        Writes the model card, `README.md` in the output folder: method, data, recipe and citations.
+
+        Args:
+            model_name (`str`, *optional*):
+                Name of the model.
+            dataset_name (`str`, *optional*):
+                Name of the dataset used for training.
+            tags (`str` or `list[str]`, *optional*):
+                Further tags.
+        """
+        if self.is_world_process_zero():
+            save_model_card(self, model_name, dataset_name, tags)
+
+
+def _add_demonstrations(
+    train_dataset: Dataset | IterableDataset,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    generation_config: GenerationConfig,
+    args: LuffyConfig,
+) -> Dataset | IterableDataset:
+    """Checks the dataset and the tokenizer, and tokenizes the traces."""
+    columns = train_dataset.column_names or list(next(iter(train_dataset)))
+    if "prompt" not in columns:
+        raise ValueError(f"`train_dataset` has no column `prompt`, only {columns}. Rename the one with the problems.")
+    if images := {"image", "images"} & set(columns):
+        raise ValueError(
+            f"`train_dataset` has the column {images.pop()!r}: image prompts are not supported together with "
+            "demonstrations. Remove it, or set `num_demonstrations=0`."
+        )
+    if isinstance(processing_class, ProcessorMixin):
+        raise ValueError(
+            "`processing_class` is a multimodal processor, and image prompts are not supported together with "
+            "demonstrations. Pass `processing_class=AutoTokenizer.from_pretrained(...)` to train on text."
+        )
+    if processing_class.eos_token_id is None:
+        raise ValueError(
+            "`processing_class` has no end-of-sequence token, so demonstrations could not end. Set "
+            "`tokenizer.eos_token` to the token that ends a completion."
+        )
+    # The tokens that end a completion, as GRPOTrainer finds them; the tokenizer's own comes first
+    eos_token_ids = generation_config.eos_token_id
+    eos_token_ids = [eos_token_ids] if isinstance(eos_token_ids, int) else eos_token_ids or []
+    eos_token_ids = [processing_class.eos_token_id, *(i for i in eos_token_ids if i != processing_class.eos_token_id)]
+    return tokenize_demonstrations(
+        train_dataset,
+        processing_class,
+        eos_token_ids,
+        max_length=args.max_completion_length,
+        overflow=args.demonstration_overflow,
+        chat_template_kwargs=args.chat_template_kwargs,
+    )
