@@ -98,6 +98,27 @@ class Shaping:
         return policy_shaping(ratio, self.kind, gamma=self.gamma, power=self.power, weight=self.weight)
 
 
+def importance_ratio(
+    per_token_logps: torch.Tensor,
+    old_per_token_logps: torch.Tensor,
+    demonstration_mask: torch.Tensor,
+    behavior_logps: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    How much more probable each token is under the policy than under whoever wrote it.
+
+    Args:
+        per_token_logps, old_per_token_logps, demonstration_mask, behavior_logps (`torch.Tensor` of shape `(B, T)`):
+            See [`mixed_policy_loss`].
+
+    Returns:
+        `torch.Tensor`: pi_theta / pi_phi on demonstration tokens, pi_theta / pi_old on rollout tokens; shape `(B, T)`.
+    """
+    if behavior_logps is None:
+        behavior_logps = torch.zeros_like(old_per_token_logps)
+    return torch.exp(per_token_logps - torch.where(demonstration_mask, behavior_logps, old_per_token_logps))
+
+
 def mixed_policy_loss(
     per_token_logps: torch.Tensor,
     old_per_token_logps: torch.Tensor,
@@ -111,6 +132,7 @@ def mixed_policy_loss(
     clip_range: tuple[float, float] | None = None,
     ratio_range: tuple[float | None, float | None] = (None, None),
     max_token_prob: float | None = None,
+    ratio: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     r"""
     Policy-gradient loss of a batch that mixes demonstration tokens and rollout tokens (arXiv 2504.14945, section 3).
@@ -145,6 +167,9 @@ def mixed_policy_loss(
             Bounds that the demonstration coefficient is clamped to after shaping. A clamped token has no gradient.
         max_token_prob (`float`, *optional*):
             Tokens of either kind that the policy gives a higher probability carry no loss.
+        ratio (`torch.Tensor` of shape `(B, T)`, *optional*):
+            The [`importance_ratio`], if another term of the loss uses it too: the sum of both gradients then goes
+            through it once, as in TRL, and is the same to the last bit.
 
     Returns:
         `tuple[torch.Tensor, dict[str, torch.Tensor]]`: The loss of each token, of shape `(B, T)` and 0 where `mask`
@@ -153,10 +178,9 @@ def mixed_policy_loss(
     """
     if advantages.dim() == 1:
         advantages = advantages.unsqueeze(1)
-    if behavior_logps is None:
-        behavior_logps = torch.zeros_like(old_per_token_logps)
+    if ratio is None:
+        ratio = importance_ratio(per_token_logps, old_per_token_logps, demonstration_mask, behavior_logps)
 
-    ratio = torch.exp(per_token_logps - torch.where(demonstration_mask, behavior_logps, old_per_token_logps))
     low, high = ratio_range
     demonstration_coefficient = shaping(ratio)
     if low is not None or high is not None:

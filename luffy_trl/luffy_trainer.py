@@ -39,7 +39,7 @@ from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
 from trl.trainer.utils import get_config_model_id, nanmax, nanmin, nanstd
 
 from .demonstrations import DEMONSTRATION_COLUMNS, choose_demonstrations, tokenize_demonstrations
-from .losses import Shaping, group_advantages, mixed_policy_loss
+from .losses import Shaping, group_advantages, importance_ratio, mixed_policy_loss
 from .luffy_config import LuffyConfig
 from .model_card import save_model_card
 
@@ -184,7 +184,7 @@ class LuffyTrainer(GRPOTrainer):
         )
         # (sum, count) of each metric that is divided when it is logged
         zero = torch.zeros(2, device=self.accelerator.device)
-        self._sums = {"train": defaultdict(lambda: zero), "eval": defaultdict(lambda: zero)}
+        self._sums = defaultdict(lambda: zero)
         # State of the generation batch at hand: the demonstration of each local row (or None), and over all processes
         # which rows are demonstrations and what rewards the rows got.
         self._demonstrations: list[list[int] | None] = []
@@ -404,6 +404,18 @@ class LuffyTrainer(GRPOTrainer):
         )
         old_per_token_logps = inputs.get("old_per_token_logps")
         old_per_token_logps = per_token_logps.detach() if old_per_token_logps is None else old_per_token_logps
+        ratio = importance_ratio(per_token_logps, old_per_token_logps, demonstration_mask)
+        rollout_means = {"entropy": entropies}
+        if self.beta != 0.0:
+            ref_per_token_logps = inputs["ref_per_token_logps"]
+            per_token_kl = (
+                torch.exp(ref_per_token_logps - per_token_logps) - (ref_per_token_logps - per_token_logps) - 1
+            )
+            if self.args.use_bias_correction_kl:
+                # The correction turns samples of pi_old into samples of pi_theta. A demonstration is neither.
+                per_token_kl = per_token_kl * torch.where(demonstration_mask, torch.ones_like(ratio), ratio)
+            rollout_means["kl"] = per_token_kl
+
         per_token_loss, stats = mixed_policy_loss(
             per_token_logps,
             old_per_token_logps,
@@ -412,25 +424,18 @@ class LuffyTrainer(GRPOTrainer):
             demonstration_mask,
             shaping=self._shaping,
             clip_range=self._clip_range,
+            ratio=ratio,
         )
         if "importance_sampling_ratio" in inputs:
             per_token_loss = per_token_loss * inputs["importance_sampling_ratio"]
-        self._sum(mode, "demonstrations/loss", per_token_loss, demonstration_mask)
-        self._sum(mode, "demonstrations/prob", per_token_logps.exp(), demonstration_mask)
-        self._sum(mode, "demonstrations/ratio", stats["coefficient"], demonstration_mask)
-        self._sum(mode, "demonstrations/fraction", demonstration_mask, mask)
-        self._sum(mode, "on_policy/loss", per_token_loss, rollout_mask)
-
-        rollout_means = {"entropy": entropies}
+        if mode == "train":
+            self._sum("demonstrations/loss", per_token_loss, demonstration_mask)
+            self._sum("demonstrations/prob", per_token_logps.exp(), demonstration_mask)
+            self._sum("demonstrations/ratio", stats["coefficient"], demonstration_mask)
+            self._sum("demonstrations/fraction", demonstration_mask, mask)
+            self._sum("on_policy/loss", per_token_loss, rollout_mask)
         if self.beta != 0.0:
-            ref_log_ratio = inputs["ref_per_token_logps"] - per_token_logps
-            per_token_kl = torch.exp(ref_log_ratio) - ref_log_ratio - 1
-            if self.args.use_bias_correction_kl:
-                # The correction turns samples of pi_old into samples of pi_theta. A demonstration is neither.
-                ratio = torch.exp(per_token_logps - old_per_token_logps)
-                per_token_kl = per_token_kl * torch.where(demonstration_mask, torch.ones_like(ratio), ratio)
             per_token_loss = per_token_loss + self.beta * per_token_kl
-            rollout_means["kl"] = per_token_kl
 
         # The denominators are TRL's: demonstrations are completions of the batch like any other.
         accumulation_steps = self.current_gradient_accumulation_steps if mode == "train" else 1.0
@@ -462,10 +467,9 @@ class LuffyTrainer(GRPOTrainer):
         self._log_rollout_means(mode, rollout_means, stats, rollout_mask, mask)
         return loss
 
-    def _sum(self, mode: str, name: str, values: torch.Tensor, mask: torch.Tensor):
+    def _sum(self, name: str, values: torch.Tensor, mask: torch.Tensor):
         """Adds to the (sum, count) from which `log` makes the metric `name`."""
-        sums = torch.stack([(values.detach() * mask).sum().float(), mask.sum().float()])
-        self._sums[mode][name] = self._sums[mode][name] + sums
+        self._sums[name] = self._sums[name] + torch.stack([(values.detach() * mask).sum().float(), mask.sum().float()])
 
     def _log_rollout_means(self, mode, means, stats, rollout_mask, mask):
         """TRL's metrics of a micro-batch, over rollout tokens, with one reduction and one gather for all of them."""
@@ -492,13 +496,12 @@ class LuffyTrainer(GRPOTrainer):
         self._metrics[mode]["clip_ratio/high_max"].append(nanmax(highs).item())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
-        sums = self._sums[mode]
-        totals = self.accelerator.reduce(torch.stack([sums[name] for name in _TOKEN_METRICS]), "sum").tolist()
-        for name, (total, count) in zip(_TOKEN_METRICS, totals, strict=True):
-            if count > 0:
-                self._metrics[mode][name].append(total / count)
-        sums.clear()
+        if self.model.training:
+            totals = self.accelerator.reduce(torch.stack([self._sums[name] for name in _TOKEN_METRICS]), "sum")
+            for name, (total, count) in zip(_TOKEN_METRICS, totals.tolist(), strict=True):
+                if count > 0:
+                    self._metrics["train"][name].append(total / count)
+            self._sums.clear()
         super().log(logs, start_time)
 
     def create_model_card(

@@ -2,9 +2,13 @@
 
 """A tiny model, a tokenizer and arguments that the tests share. Nothing is downloaded."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from luffy_trl import LuffyConfig
 
@@ -16,16 +20,15 @@ CHATML = (
 THINKING_CHATML = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
 
 
-def make_tokenizer(chat_template=CHATML):
-    """One token per character, plus `<think>` and `</think>`; ends a turn with `<|im_end|>`."""
+def make_tokenizer(chat_template=CHATML, merges=()):
+    """Qwen2's byte-level tokenizer on ASCII without merges: a token per character, and a turn ends in `<|im_end|>`."""
     specials = ["<|pad|>", "<|im_end|>", "<|im_start|>", "<|endoftext|>"]
-    characters = sorted({chr(c) for c in range(32, 127)} | {"\n"})
-    vocab = {token: i for i, token in enumerate([*specials, *characters])}
-    backend = Tokenizer(models.WordLevel(vocab, unk_token="?"))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    backend.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
+    characters = ["Ċ", "Ġ", *(chr(c) for c in range(33, 127))]  # newline, space and what they print as themselves
+    vocab = {token: i for i, token in enumerate([*specials, *characters, *("".join(pair) for pair in merges)])}
+    tokenizer = Qwen2Tokenizer(
+        vocab,
+        list(merges),
+        unk_token=None,
         pad_token="<|pad|>",
         eos_token="<|im_end|>",
         extra_special_tokens=["<|im_start|>", "<|endoftext|>"],
@@ -72,7 +75,7 @@ def make_args(output_dir, cls=LuffyConfig, **kwargs):
             "output_dir": str(output_dir),
             "per_device_train_batch_size": 4,
             "num_generations": 4,
-            "max_completion_length": 12,
+            "max_completion_length": 16,
             "max_steps": 1,
             "learning_rate": 1e-2,
             "logging_steps": 1,
@@ -91,3 +94,47 @@ def share_of_digits(completions, **kwargs):
     """A reward that differs between random completions."""
     texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
     return [sum(ch.isdigit() or ch.isupper() for ch in text) / max(len(text), 1) for text in texts]
+
+
+def addition_rows(num_rows, demonstrations=lambda i: [f"<think>\n{i} and 1</think>A{i + 1}"]):
+    return [{"prompt": f"{i}+1=", "demonstrations": demonstrations(i), "answer": str(i + 1)} for i in range(num_rows)]
+
+
+def count_generated_rows(model):
+    """Records the number of rows of every call of `model.generate`, in a list that it returns."""
+    rows, generate = [], model.generate
+
+    def counting_generate(*args, **kwargs):
+        rows.append(len(kwargs["input_ids"]))
+        return generate(*args, **kwargs)
+
+    model.generate = counting_generate
+    return rows
+
+
+def launch(function, output_dir, num_processes=2, config_file=None, env=None):
+    """Runs a function of `launched.py` under a real `accelerate launch`; what it returns, one item per process."""
+    save_tiny_model(Path(output_dir) / "model")
+    script = Path(__file__).with_name("launched.py")
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    # On a machine without GPUs, accelerate's multi-process launcher ("multi_gpu") runs gloo on the CPU.
+    command += ["--config_file", str(config_file)] if config_file else ["--multi_gpu"]
+    command += ["--num_processes", str(num_processes), "--num_machines", "1", "--main_process_port", "0"]
+    result = subprocess.run(
+        [*command, str(script), function, str(output_dir)],
+        env={**os.environ, **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    if result.returncode != 0:
+        raise AssertionError(f"`{function}` failed in {num_processes} processes:\n{result.stdout[-6000:]}")
+    return [
+        torch.load(Path(output_dir) / f"{function}_{rank}.pt", weights_only=False) for rank in range(num_processes)
+    ]
+
+
+def is_demonstration_text(completions, **kwargs):
+    """1.0 for the traces of `addition_rows`, 0.0 for what a random model writes."""
+    return [float(text.startswith("<think>\n") and "and 1</think>A" in text) for text in completions]

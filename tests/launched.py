@@ -1,0 +1,118 @@
+# Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
+
+"""What the tests run in several processes: `accelerate launch tests/launched.py FUNCTION OUTPUT_DIR`."""
+
+import os
+import sys
+from pathlib import Path
+
+import tiny
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from luffy_trl import LuffyTrainer
+
+
+class Recorder(TrainerCallback):
+    """The weights before each optimizer step, and the gradients that it used."""
+
+    def __init__(self):
+        self.weights, self.gradients = [], []
+
+    def on_step_begin(self, args, state, control, model, **kwargs):
+        self.weights.append({name: p.detach().clone() for name, p in model.named_parameters()})
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        self.gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+
+
+def record_micro_batches(trainer):
+    micro_batches, compute_loss = [], trainer._compute_loss
+
+    def recording(model, inputs):
+        micro_batches.append({key: value.clone() for key, value in inputs.items()})
+        return compute_loss(model, inputs)
+
+    trainer._compute_loss = recording
+    return micro_batches
+
+
+def count(output_dir):
+    """Groups of 4 with 1 and 2 demonstrations, split across processes that hold 2 rows each."""
+    results = {}
+    for num_demonstrations in (1, 2):
+        trainer = LuffyTrainer(
+            str(output_dir / "model"),
+            tiny.share_of_digits,
+            tiny.make_args(
+                output_dir / "out",
+                num_demonstrations=num_demonstrations,
+                per_device_train_batch_size=2,
+                gradient_accumulation_steps=2,
+                max_steps=2,
+            ),
+            Dataset.from_list(tiny.addition_rows(4, lambda i: ["AB", "CD"])),
+        )
+        rows = tiny.count_generated_rows(trainer.accelerator.unwrap_model(trainer.model))
+        trainer.train()
+        results[num_demonstrations] = rows
+    return results
+
+
+def gradients(output_dir):
+    """Two updates for each generation, each of two micro-batches, for every loss type."""
+    results = {}
+    for loss_type in ("dr_grpo", "grpo", "bnpo", "dapo"):
+        recorder = Recorder()
+        trainer = LuffyTrainer(
+            str(output_dir / "model"),
+            tiny.share_of_digits,
+            tiny.make_args(
+                output_dir / "out",
+                loss_type=loss_type,
+                gradient_accumulation_steps=2,
+                steps_per_generation=4,
+                max_steps=4,
+                beta=0.3,
+                entropy_coef=0.05,
+                max_grad_norm=0.0,
+            ),
+            Dataset.from_list(tiny.addition_rows(16)),
+            callbacks=[recorder],
+        )
+        micro_batches = record_micro_batches(trainer)
+        trainer.train()
+        results[loss_type] = {
+            "weights": recorder.weights,
+            "gradients": recorder.gradients,
+            "micro_batches": micro_batches,
+            "log_history": trainer.state.log_history,
+        }
+    return results
+
+
+def metrics(output_dir):
+    """One row per process and groups of 2: one process holds nothing but demonstrations, the other none."""
+    trainer = LuffyTrainer(
+        str(output_dir / "model"),
+        tiny.is_demonstration_text,
+        tiny.make_args(
+            output_dir / "out",
+            num_generations=2,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=2,
+            max_steps=2,
+            beta=0.1,
+            entropy_coef=0.01,
+            log_completions=True,
+        ),
+        Dataset.from_list(tiny.addition_rows(8)),
+    )
+    trainer.train()
+    return {"log_history": trainer.state.log_history, "source": list(trainer._logs["extra"]["source"])}
+
+
+if __name__ == "__main__":
+    name, folder = sys.argv[1], Path(sys.argv[2])
+    torch.save(globals()[name](folder), folder / f"{name}_{os.environ['RANK']}.pt")

@@ -1,0 +1,604 @@
+# Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
+
+"""The trainer: that it is GRPO where it should be, and LUFFY, computed another way, where it should not."""
+
+import inspect
+import math
+
+import pandas as pd
+import pytest
+import tiny
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import AutoModelForCausalLM, Qwen2ForSequenceClassification
+from trl import GRPOConfig, GRPOTrainer
+
+from luffy_trl import LuffyConfig, LuffyTrainer
+
+
+LOSS_TYPES = ("dr_grpo", "grpo", "bnpo", "dapo")
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory):
+    return tiny.save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def train(trainer):
+    trainer.train()
+    return trainer
+
+
+# ---------------------------------------------------------------------------------------------- generation
+
+
+@pytest.mark.parametrize("num_demonstrations", [0, 1, 2])
+def test_demonstrations_are_not_generated(model_path, tmp_path, num_demonstrations):
+    rows = tiny.addition_rows(8, lambda i: ["AB", "CD"])
+    args = tiny.make_args(tmp_path, num_demonstrations=num_demonstrations, gradient_accumulation_steps=2, max_steps=3)
+    trainer = LuffyTrainer(model_path, tiny.share_of_digits, args, Dataset.from_list(rows))
+    generated = tiny.count_generated_rows(trainer.model)
+    trainer.train()
+    assert generated == [2 * (4 - num_demonstrations)] * 3  # two groups of four for each of three steps
+
+
+def test_demonstrations_are_not_generated_by_two_processes(tmp_path):
+    ranks = tiny.launch("count", tmp_path)
+    for num_demonstrations in (1, 2):
+        # The generation batch is two groups of 4, of which rank 0 holds the first: 4 rows each.
+        assert [rank[num_demonstrations] for rank in ranks] == [[4 - num_demonstrations] * 2] * 2
+
+
+def test_a_row_without_traces_trains_on_rollouts(model_path, tmp_path):
+    rows = tiny.addition_rows(2, lambda i: ["AB"] if i == 0 else [])
+    trainer = LuffyTrainer(
+        model_path,
+        tiny.share_of_digits,
+        tiny.make_args(tmp_path, gradient_accumulation_steps=2, log_completions=True),
+        Dataset.from_list(rows),
+    )
+    generated = tiny.count_generated_rows(trainer.model)
+    trainer.train()
+    assert generated == [3 + 4]
+    table = pd.read_parquet(tmp_path / "completions" / "completions_00001.parquet")
+    assert table[table.prompt == "0+1="].source.tolist() == ["demonstration"] + ["rollout"] * 3
+    assert table[table.prompt == "1+1="].source.tolist() == ["rollout"] * 4
+
+
+def test_the_choice_of_traces_depends_on_seed_step_and_row(model_path, tmp_path):
+    def shown(seed):
+        trainer = LuffyTrainer(
+            model_path,
+            tiny.share_of_digits,
+            tiny.make_args(tmp_path, num_demonstrations=2, max_steps=6, seed=seed, log_completions=True),
+            Dataset.from_list(tiny.addition_rows(1, lambda i: ["A", "B", "C", "D"])),
+        )
+        trainer.train()
+        tables = [pd.read_parquet(p) for p in sorted((tmp_path / "completions").glob("*.parquet"))]
+        return [tuple(table[table.source == "demonstration"].completion) for table in tables]
+
+    first = shown(seed=1)
+    assert len(first) == 6
+    assert all(len(set(traces)) == 2 for traces in first)  # distinct ones in a group
+    assert len(set(first)) > 1  # and others at other steps
+    assert shown(seed=1) == first
+    assert shown(seed=2) != first
+
+
+def test_no_demonstration_is_used_in_evaluation(model_path, tmp_path):
+    dataset = Dataset.from_list(tiny.addition_rows(4))
+    trainer = LuffyTrainer(
+        model_path,
+        tiny.is_demonstration_text,
+        tiny.make_args(tmp_path, per_device_eval_batch_size=4),
+        dataset,
+        eval_dataset=dataset,
+    )
+    generated = tiny.count_generated_rows(trainer.model)
+    metrics = trainer.evaluate()
+    assert generated == [4] * 4
+    assert metrics["eval_reward"] == 0
+    assert not any("demonstrations/" in key for key in metrics)
+
+
+# ---------------------------------------------------------------------------------------------- plain GRPO
+
+
+def run(cls, config_cls, model_path, tmp_path, rows, **kwargs):
+    args = tiny.make_args(tmp_path, cls=config_cls, scale_rewards="none", max_steps=6, **kwargs)
+    trainer = cls(model_path, tiny.share_of_digits, args, Dataset.from_list(rows))
+    trainer.train()
+    history = [
+        {k: v for k, v in log.items() if "time" not in k and "per_second" not in k}
+        for log in trainer.state.log_history
+    ]
+    return trainer.model.state_dict(), history
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_without_demonstrations_it_is_stock_grpo_bit_for_bit(model_path, tmp_path, loss_type):
+    kwargs = {
+        "loss_type": loss_type,
+        "num_iterations": 2,
+        "gradient_accumulation_steps": 2,
+        "steps_per_generation": 4,
+        "beta": 0.2,
+        "entropy_coef": 0.03,
+        "epsilon": 0.05,  # so that some ratios are clipped
+        "learning_rate": 0.05,
+    }
+    rows = tiny.addition_rows(16, lambda i: [])
+    weights, history = run(GRPOTrainer, GRPOConfig, model_path, tmp_path, rows, **kwargs)
+    assert all(log["loss"] != 0 and log["kl"] != 0 or log["step"] == 1 for log in history[:-1])
+    assert any(log["clip_ratio/region_mean"] > 0 for log in history[:-1])
+
+    for num_demonstrations in (0, 1):
+        luffy_weights, luffy_history = run(
+            LuffyTrainer,
+            LuffyConfig,
+            model_path,
+            tmp_path,
+            rows,
+            num_demonstrations=num_demonstrations,
+            ratio_clipping="on_policy",
+            **kwargs,
+        )
+        for name, value in weights.items():
+            assert torch.equal(value, luffy_weights[name]), name
+        assert [{key: log[key] for key in expected} for expected, log in zip(history, luffy_history, strict=True)] == (
+            history
+        )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scale_rewards": "group"},
+        {"scale_rewards": "batch", "use_bias_correction_kl": False, "beta": 0.2},
+        {"mask_truncated_completions": True},
+    ],
+)
+def test_other_options_of_trl_are_bit_for_bit_too(model_path, tmp_path, options):
+    def final_weights(cls, config_cls, **kwargs):
+        args = tiny.make_args(tmp_path, cls=config_cls, max_steps=3, max_completion_length=40, **kwargs, **options)
+        dataset = Dataset.from_list(tiny.addition_rows(8, lambda i: []))
+        return train(cls(model_path, tiny.share_of_digits, args, dataset)).model.state_dict()
+
+    expected = final_weights(
+        GRPOTrainer, GRPOConfig, loss_type="grpo", **({} if "scale_rewards" in options else {"scale_rewards": "none"})
+    )
+    weights = final_weights(LuffyTrainer, LuffyConfig, loss_type="grpo", ratio_clipping="on_policy")
+    assert all(torch.equal(expected[name], weights[name]) for name in expected)
+
+
+# ---------------------------------------------------------------------------------------------- mixed batches
+
+
+def plain_gradient(loss_type, weights, first_weights, generation_weights, steps_of_ranks, model, generation_batches):
+    """
+    The gradient of one optimizer step, without batching, padding, processes or accumulation: each sequence on its own.
+
+    `steps_of_ranks[rank]` are the micro-batches of the step, `generation_batches[rank]` those of its whole generation.
+    """
+    beta, entropy_coef, max_length = 0.3, 0.05, 16
+
+    def logits_of(prompt_ids, completion_ids):
+        ids = torch.cat([prompt_ids, completion_ids]).unsqueeze(0)
+        return model(input_ids=ids).logits[0, len(prompt_ids) - 1 : -1]
+
+    def logps_with(state, *ids):
+        model.load_state_dict(state)
+        with torch.no_grad():
+            return logits_of(*ids).log_softmax(-1).gather(-1, ids[1].unsqueeze(-1)).squeeze(-1)
+
+    num_processes = len(steps_of_ranks)
+    generation_tokens = sum(int(b["completion_mask"].sum()) for batches in generation_batches for b in batches)
+    tokens_per_step = generation_tokens / 2  # two updates for each generation
+    total = {name: torch.zeros_like(value) for name, value in weights.items()}
+    for micro_batches in steps_of_ranks:
+        for batch in micro_batches:
+            num_rows, num_tokens = len(batch["prompt_ids"]), int(batch["completion_mask"].sum())
+            for row in range(num_rows):
+                prompt_ids = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()]
+                is_real = batch["completion_mask"][row].bool()
+                completion_ids = batch["completion_ids"][row][is_real]
+                is_demonstration = batch["demonstration_mask"][row][is_real]
+                advantage = batch["advantages"][row]
+                ref_logps = logps_with(first_weights, prompt_ids, completion_ids)
+                old_logps = logps_with(generation_weights, prompt_ids, completion_ids)
+                model.load_state_dict(weights)
+                model.zero_grad()
+                logps = logits_of(prompt_ids, completion_ids).log_softmax(-1)
+                entropy = -(logps.exp() * logps).sum(-1)
+                logps = logps.gather(-1, completion_ids.unsqueeze(-1)).squeeze(-1)
+
+                prob, ratio = logps.exp(), (logps - old_logps).exp()
+                kl = (ref_logps - logps).exp() - (ref_logps - logps) - 1
+                if is_demonstration.all():
+                    token_loss = -prob / (prob + 0.1) * advantage + beta * kl
+                else:
+                    assert not is_demonstration.any()
+                    token_loss = -ratio * advantage + beta * kl * ratio  # TRL's bias-corrected KL
+                divisor = {
+                    "dr_grpo": num_rows * max_length * len(micro_batches),
+                    "grpo": len(completion_ids) * num_rows * len(micro_batches),
+                    "bnpo": num_tokens * len(micro_batches),
+                    "dapo": tokens_per_step / num_processes,
+                }[loss_type]
+                bonus = entropy_coef * entropy.sum() / num_tokens / len(micro_batches)
+                ((token_loss.sum() / divisor - bonus) / num_processes).backward()
+                for name, parameter in model.named_parameters():
+                    total[name] += parameter.grad
+    return total
+
+
+def test_gradients_of_mixed_batches_in_two_processes(tmp_path):
+    ranks = tiny.launch("gradients", tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    for loss_type in LOSS_TYPES:
+        results = [rank[loss_type] for rank in ranks]
+        weights = results[0]["weights"]
+        assert len(weights) == 4
+        for step in range(4):
+            generation = step // 2 * 2
+            gradient = plain_gradient(
+                loss_type,
+                weights[step],
+                weights[0],
+                weights[generation],
+                [r["micro_batches"][2 * step : 2 * step + 2] for r in results],
+                model,
+                [r["micro_batches"][2 * generation : 2 * generation + 4] for r in results],
+            )
+            # Both kinds of token, and demonstrations of both signs, are in what is compared.
+            for name, value in results[0]["gradients"][step].items():
+                torch.testing.assert_close(value, gradient[name], atol=2e-6, rtol=2e-4)
+                torch.testing.assert_close(value, results[1]["gradients"][step][name], atol=0, rtol=0)
+        batches = [batch for r in results for batch in r["micro_batches"]]
+        rows = torch.cat([batch["demonstration_mask"].any(1) for batch in batches])
+        assert rows.sum() * 4 == len(rows)
+        advantages = torch.cat([batch["advantages"] for batch in batches])
+        assert (advantages[rows] > 0.01).any() and (advantages[rows] < -0.01).any()
+
+
+@pytest.mark.parametrize("baseline", ["group", "on_policy"])
+def test_advantages_and_tokens_of_a_group(model_path, tmp_path, baseline):
+    trainer = LuffyTrainer(
+        model_path,
+        tiny.share_of_digits,
+        tiny.make_args(tmp_path, gradient_accumulation_steps=2, advantage_baseline=baseline, log_completions=True),
+        Dataset.from_list(tiny.addition_rows(2, lambda i: ["A7"])),
+    )
+    outputs, original = [], trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda inputs: outputs.append(original(inputs)) or outputs[-1]
+    trainer.train()
+    (output,) = outputs
+    tokenizer = tiny.make_tokenizer()
+    expected_ids = tokenizer("A7")["input_ids"] + [tokenizer.eos_token_id]
+    assert output["demonstration_mask"].sum(1).tolist() == [3, 0, 0, 0] * 2
+    for row in (0, 4):
+        assert output["completion_ids"][row][output["demonstration_mask"][row]].tolist() == expected_ids
+
+    texts = [
+        tokenizer.decode(ids[mask.bool()], skip_special_tokens=True)
+        for ids, mask in zip(output["completion_ids"], output["completion_mask"], strict=True)
+    ]
+    rewards = torch.tensor(tiny.share_of_digits(texts)).view(2, 4)
+    mean = rewards.mean(1, keepdim=True) if baseline == "group" else rewards[:, 1:].mean(1, keepdim=True)
+    torch.testing.assert_close(output["advantages"], (rewards - mean).flatten(), atol=1e-6, rtol=0)
+
+    table = pd.read_parquet(tmp_path / "completions" / "completions_00001.parquet")
+    assert table.completion.tolist() == texts
+    assert table.share_of_digits.tolist() == pytest.approx(rewards.flatten().tolist(), abs=1e-6)
+    assert table.advantage.tolist() == pytest.approx(output["advantages"].tolist(), abs=1e-6)
+
+
+def test_a_failed_demonstration_becomes_less_probable(model_path, tmp_path):
+    """The whole trainer: the reward prefers rollouts, and the probability of the trace falls."""
+    trainer = LuffyTrainer(
+        model_path,
+        lambda completions, **kwargs: [0.0 if text == "AB" else 1.0 for text in completions],
+        tiny.make_args(tmp_path, max_steps=8, learning_rate=3e-3, lr_scheduler_type="constant"),
+        Dataset.from_list(tiny.addition_rows(1, lambda i: ["AB"])),
+    )
+    trainer.train()
+    logs = trainer.state.log_history[:-1]
+    assert logs[0]["demonstrations/reward"] == 0 and logs[0]["reward"] == 1
+    assert logs[-1]["demonstrations/prob"] < 0.8 * logs[0]["demonstrations/prob"]
+
+
+# ---------------------------------------------------------------------------------------------- metrics
+
+
+def test_metrics_describe_rollouts_beside_demonstrations(model_path, tmp_path):
+    """Every rollout fails and every demonstration succeeds."""
+    trainer = LuffyTrainer(
+        model_path,
+        [tiny.is_demonstration_text, tiny.share_of_digits],
+        tiny.make_args(
+            tmp_path, gradient_accumulation_steps=2, max_completion_length=30, reward_weights=[1.0, 0.0], beta=0.1
+        ),
+        Dataset.from_list(tiny.addition_rows(2)),
+    )
+    outputs, original = [], trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda inputs: outputs.append(original(inputs)) or outputs[-1]
+    micro_batches, compute_loss = [], trainer._compute_loss
+
+    def recording(model, inputs):
+        logps, entropies, _ = trainer._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
+            inputs["completion_ids"].size(1),
+            compute_entropy=True,
+        )
+        micro_batches.append((inputs, logps.detach(), entropies.detach()))
+        return compute_loss(model, inputs)
+
+    trainer._compute_loss = recording
+    trainer.train()
+    (output,), log = outputs, trainer.state.log_history[0]
+    approx = pytest.approx
+    demonstrations = output["demonstration_mask"].any(1)
+    lengths = output["completion_mask"].sum(1)
+
+    assert log["reward"] == log["reward_std"] == log["rewards/is_demonstration_text/mean"] == 0
+    assert log["frac_reward_zero_std"] == log["on_policy/solve_none"] == 1
+    assert log["on_policy/solve_all"] == 0
+    assert log["demonstrations/reward"] == 1
+    assert log["demonstrations/length"] == approx(lengths[demonstrations].float().mean().item())
+    assert log["completions/mean_length"] == approx(lengths[~demonstrations].float().mean().item())
+    assert log["completions/min_length"] == lengths[~demonstrations].min()
+    assert log["completions/max_length"] == lengths[~demonstrations].max()
+    is_demonstration = output["demonstration_mask"]
+    fraction = is_demonstration.sum() / output["completion_mask"].sum()
+    assert log["demonstrations/fraction"] == approx(fraction.item())
+
+    probs, advantages, entropies = [], [], []
+    for inputs, logps, entropy in micro_batches:
+        where = inputs["demonstration_mask"]
+        probs.append(logps.exp()[where])
+        advantages.append(inputs["advantages"].unsqueeze(1).expand_as(logps)[where])
+        entropies.append(entropy[inputs["completion_mask"].bool() & ~where].mean())
+    probs, advantages = torch.cat(probs), torch.cat(advantages)
+    ratios = probs / (probs + 0.1)
+    assert log["demonstrations/prob"] == approx(probs.mean().item(), rel=1e-5)
+    assert log["demonstrations/ratio"] == approx(ratios.mean().item(), rel=1e-5)
+    assert log["demonstrations/loss"] == approx((-ratios * advantages).mean().item(), rel=1e-5)
+    assert log["on_policy/loss"] == approx(0.25, rel=1e-5)  # -ratio A with ratio 1, A = 0 - 1/4
+    assert log["entropy"] == approx(torch.stack(entropies).mean().item(), rel=1e-5)
+
+
+def test_solved_groups(model_path, tmp_path):
+    """Two groups of three rollouts each: all of one succeed, none of the other."""
+    trainer = LuffyTrainer(
+        model_path,
+        lambda prompts, completions, **kwargs: [float(prompt == "0+1=") for prompt in prompts],
+        tiny.make_args(tmp_path, gradient_accumulation_steps=2),
+        Dataset.from_list(tiny.addition_rows(2)),
+    )
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert (log["on_policy/solve_all"], log["on_policy/solve_none"]) == (0.5, 0.5)
+    assert log["reward"] == 0.5
+
+
+def test_dropped_traces_are_counted(model_path, tmp_path):
+    trainer = LuffyTrainer(
+        model_path,
+        tiny.share_of_digits,
+        tiny.make_args(tmp_path, gradient_accumulation_steps=2),
+        Dataset.from_list(tiny.addition_rows(2, lambda i: ["x" * 20, "y" * 20] if i == 0 else ["A"])),
+    )
+    generated = tiny.count_generated_rows(trainer.model)
+    trainer.train()
+    assert trainer.state.log_history[0]["demonstrations/dropped"] == 2
+    assert generated == [4 + 3]
+
+
+def test_metrics_of_processes_without_rollouts(tmp_path):
+    """Groups of 2 over two processes of one row: rank 0 sees demonstrations alone, rank 1 rollouts alone."""
+    first, second = tiny.launch("metrics", tmp_path)
+    for log in first["log_history"][:-1]:
+        assert all(value is not None and not math.isnan(value) for value in log.values())
+        assert log["reward"] == 0 and log["demonstrations/reward"] == 1
+        assert log["frac_reward_zero_std"] == 1
+        assert log["completions/max_length"] <= 16
+        assert 0 < log["demonstrations/prob"] < 1
+        assert log["entropy"] > 0
+    assert first["source"] == ["demonstration", "rollout"] * 2
+
+
+# ---------------------------------------------------------------------------------------------- what TRL users expect
+
+
+async def async_reward(completions, **kwargs):
+    return tiny.share_of_digits(completions)
+
+
+def test_reward_functions_get_the_other_columns(model_path, tmp_path):
+    seen = []
+
+    def reward(prompts, completions, completion_ids, answer, **kwargs):
+        seen.append((prompts, answer, sorted(kwargs)))
+        return tiny.share_of_digits(completions)
+
+    trainer = LuffyTrainer(
+        model_path, [reward, async_reward], tiny.make_args(tmp_path), Dataset.from_list(tiny.addition_rows(1))
+    )
+    trainer.train()
+    ((prompts, answers, others),) = seen
+    assert prompts == ["0+1="] * 4
+    assert answers == ["1"] * 4
+    assert others == ["demonstrations", "log_extra", "log_metric", "trainer_state"]
+    log = trainer.state.log_history[0]
+    assert log["rewards/reward/mean"] == log["rewards/async_reward/mean"] > 0
+
+
+def test_a_reward_model_scores_demonstrations(model_path, tmp_path):
+    tokenizer = tiny.make_tokenizer()
+    config = tiny.make_model(tokenizer).config
+    torch.manual_seed(0)
+    config.num_labels = 1
+    Qwen2ForSequenceClassification(config).save_pretrained(tmp_path / "reward_model")
+    tokenizer.save_pretrained(tmp_path / "reward_model")
+    trainer = LuffyTrainer(
+        model_path, str(tmp_path / "reward_model"), tiny.make_args(tmp_path), Dataset.from_list(tiny.addition_rows(1))
+    )
+    trainer.train()
+    ids = tokenizer("0+1=<think>\n0 and 1</think>A1", return_tensors="pt")
+    expected = trainer.reward_funcs[0](**ids).logits.item()
+    assert trainer.state.log_history[0]["demonstrations/reward"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_lora(model_path, tmp_path):
+    from peft import LoraConfig
+
+    trainer = LuffyTrainer(
+        model_path,
+        tiny.share_of_digits,
+        tiny.make_args(tmp_path, max_steps=2, beta=0.1),
+        Dataset.from_list(tiny.addition_rows(2, lambda i: ["A7"])),
+        peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"]),
+    )
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    changed = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed and all("lora_" in name for name in changed)
+    assert trainer.state.log_history[0]["demonstrations/length"] == 3
+
+
+def test_streaming_dataset(model_path, tmp_path):
+    rows = tiny.addition_rows(4, lambda i: ["A7"])
+    dataset = IterableDataset.from_generator(lambda: iter(rows))
+    trainer = LuffyTrainer(model_path, tiny.share_of_digits, tiny.make_args(tmp_path, max_steps=2), dataset)
+    generated = tiny.count_generated_rows(trainer.model)
+    trainer.train()
+    assert generated == [3, 3]
+
+
+def test_an_instantiated_model_and_default_arguments(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # TRL's default precision is bf16, which transformers accepts on a GPU only
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    tokenizer = tiny.make_tokenizer()
+    model = tiny.make_model(tokenizer)
+    model.config._name_or_path = "someone/tiny"
+    trainer = LuffyTrainer(
+        model,
+        tiny.share_of_digits,
+        train_dataset=Dataset.from_list(tiny.addition_rows(1)),
+        processing_class=tokenizer,
+    )
+    assert isinstance(trainer.args, LuffyConfig)
+    assert trainer.args.output_dir == "tiny-LUFFY"
+
+
+def test_a_model_card_tells_what_was_done(model_path, tmp_path):
+    trainer = LuffyTrainer(
+        model_path, tiny.share_of_digits, tiny.make_args(tmp_path / "mine"), Dataset.from_list(tiny.addition_rows(1))
+    )
+    trainer.create_model_card(model_name="mine", dataset_name="someone/data", tags="math")
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert "tags:\n- generated_from_trainer\n- grpo\n- luffy\n- math\n- trl\n" in card
+    assert "1 of the 4 completions of each group is a demonstration from the dataset" in " ".join(card.split())
+    assert "| policy shaping | regularized, gamma 0.1 |" in card
+    assert "[someone/data](https://huggingface.co/datasets/someone/data)" in card
+    assert "arXiv:2504.14945" in card and str(tmp_path) not in card and model_path not in card
+    assert "- luffy-trl " in card and "- trl 1.16" in card
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("name", ["tools", "rollout_func", "environment_factory"])
+def test_refused_arguments(tmp_path, name):
+    def tool():
+        """A tool."""
+
+    value = [tool] if name == "tools" else tool
+    with pytest.raises(ValueError, match=f"`{name}` is not supported together with demonstrations.*Remove `{name}`"):
+        LuffyTrainer(
+            "no/such-model", tiny.share_of_digits, tiny.make_args(tmp_path), Dataset.from_list([]), **{name: value}
+        )
+
+
+def test_arguments_of_another_trainer_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="`args` must be a `LuffyConfig`, got `GRPOConfig`"):
+        LuffyTrainer("no/such-model", tiny.share_of_digits, tiny.make_args(tmp_path, cls=GRPOConfig))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"prompt": "1+1=", "trace": "2"}], "exactly one of `demonstrations`"),
+        ([{"prompt": "1+1=", "demonstrations": ["2"], "completion": "2"}], "exactly one of `demonstrations`"),
+        ([{"problem": "1+1=", "demonstrations": ["2"]}], "no column `prompt`, only \\['problem', 'demonstrations'\\]"),
+        ([{"prompt": "1+1=", "demonstrations": ["2"], "image": "x"}], "the column 'image': image prompts are not"),
+        (
+            [{"prompt": "1+1=", "demonstrations": ["2"], "demonstration_ids": [[1]]}],
+            "columns that LuffyTrainer itself",
+        ),
+    ],
+)
+def test_refused_datasets(model_path, tmp_path, monkeypatch, rows, message):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match=message):
+        LuffyTrainer(model_path, tiny.share_of_digits, tiny.make_args(tmp_path), Dataset.from_list(rows))
+
+
+def test_a_tokenizer_without_eos_is_refused(model_path, tmp_path):
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no end-of-sequence token.*Set `tokenizer.eos_token`"):
+        LuffyTrainer(
+            model_path,
+            tiny.share_of_digits,
+            tiny.make_args(tmp_path),
+            Dataset.from_list(tiny.addition_rows(1)),
+            processing_class=tokenizer,
+        )
+
+
+# ---------------------------------------------------------------------------------------------- the contract with TRL
+
+
+def parameters_of(cls, name):
+    return list(inspect.signature(getattr(cls, name)).parameters)
+
+
+def test_the_arguments_are_those_of_grpo_trainer():
+    assert parameters_of(LuffyTrainer, "__init__") == parameters_of(GRPOTrainer, "__init__")
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("_set_signature_columns_if_needed", ["self"]),
+        ("_generate_and_score_completions", ["self", "inputs"]),
+        ("_generate", ["self", "prompts"]),
+        (
+            "_generate_single_turn",
+            ["self", "prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"],
+        ),
+        ("_calculate_rewards", ["self", "inputs", "prompts", "completions", "completion_ids_list"]),
+        ("_compute_loss", ["self", "model", "inputs"]),
+        ("log", ["self", "logs", "start_time"]),
+        ("create_model_card", ["self", "model_name", "dataset_name", "tags"]),
+    ],
+)
+def test_overridden_methods_have_the_signature_that_trl_calls(name, parameters):
+    """Fails when a new TRL changes what is overridden: then read its diff before raising the pin."""
+    assert parameters_of(GRPOTrainer, name) == parameters
+    overridden = getattr(LuffyTrainer, name)
+    assert inspect.unwrap(overridden) is not inspect.unwrap(getattr(GRPOTrainer, name))
+    assert list(inspect.signature(overridden).parameters) == parameters
+
+
+def test_everything_that_is_overridden_is_guarded():
+    marks = test_overridden_methods_have_the_signature_that_trl_calls.pytestmark
+    guarded = {parameters[0] for mark in marks for parameters in mark.args[1]} | {"__init__"}
+    overridden = {
+        name for name, value in vars(LuffyTrainer).items() if inspect.isfunction(value) and hasattr(GRPOTrainer, name)
+    }
+    assert overridden == guarded
