@@ -1,19 +1,14 @@
 # Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
 
 import logging
+import re
 import threading
 
-from latex2sympy2_extended import NormalizationConfig
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
 
-_ANSWER_EXTRACTION = (
-    LatexExtractionConfig(
-        normalization_config=NormalizationConfig(units=True),
-        boxed_match_priority=0,
-        try_extract_without_anchor=False,
-    ),
-)
+_LATEX = (LatexExtractionConfig(boxed_match_priority=0),)  # LaTeX only, and what is boxed before anything else
+_UNESCAPED_DOLLAR = re.compile(r"(?<!\\)\$")
 
 
 def math_verify_reward(
@@ -86,9 +81,7 @@ def math_verify_reward(
                 rewards.append(0.0)
                 continue
             text = parts[1]
-        parsed_answer = parse(
-            text, extraction_config=_ANSWER_EXTRACTION, extraction_mode="first_match", parsing_timeout=timeout
-        )
+        parsed_answer = parse(text, _LATEX, extraction_mode="first_match", parsing_timeout=timeout)
         rewards.append(float(verify(parsed_gold, parsed_answer, timeout_seconds=timeout)))
     return rewards
 
@@ -97,7 +90,8 @@ def _parse_gold(gold: str | int | float | None, timeout: int | None) -> list:
     if gold is None:
         return []
     gold = str(gold)
-    if "\\boxed" not in gold and "$" not in gold:  # a bare expression, which math-verify reads only inside an anchor
-        if parsed := parse(rf"\boxed{{{gold}}}", extraction_config=_ANSWER_EXTRACTION, parsing_timeout=timeout):
+    if "\\boxed" not in gold and not _UNESCAPED_DOLLAR.search(gold):
+        # A bare expression, which math-verify reads only inside an anchor
+        if parsed := parse(rf"\boxed{{{gold}}}", _LATEX, parsing_timeout=timeout):
             return parsed
     return parse(gold, (LatexExtractionConfig(), ExprExtractionConfig()), parsing_timeout=timeout)

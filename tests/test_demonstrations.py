@@ -1,0 +1,259 @@
+# Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
+
+"""Traces as token ids: what the policy is shown, and what is refused."""
+
+import pytest
+import tiny
+from datasets import Dataset, IterableDataset, load_dataset
+from transformers import Qwen2Tokenizer
+
+from luffy_trl import LuffyTrainer
+from luffy_trl.demonstrations import choose_demonstrations, tokenize_demonstrations, without_doubled_think
+
+
+EOS = "<|im_end|>"
+
+
+def tokenized(rows, tokenizer=None, max_length=64, eos_token_ids=None, **kwargs):
+    tokenizer = tokenizer or tiny.make_tokenizer()
+    dataset = Dataset.from_list(rows)
+    return tokenize_demonstrations(dataset, tokenizer, eos_token_ids or [tokenizer.eos_token_id], max_length, **kwargs)
+
+
+def texts(dataset, tokenizer=None):
+    """The demonstrations of each row as text with special tokens."""
+    tokenizer = tokenizer or tiny.make_tokenizer()
+    return [[tokenizer.decode(ids) for ids in row] for row in dataset["demonstration_ids"]]
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+def assistant(text):
+    return [{"role": "assistant", "content": text}]
+
+
+def test_standard_prompts():
+    dataset = tokenized(
+        [
+            {"prompt": "1+1=", "demonstrations": ["2", "two"]},
+            {"prompt": "2+2=", "demonstrations": []},
+            {"prompt": "3+3=", "demonstrations": None},
+        ]
+    )
+    vocab = tiny.make_tokenizer().get_vocab()
+    assert dataset["demonstration_ids"][0] == [[vocab["2"], 1], [vocab["t"], vocab["w"], vocab["o"], 1]]
+    assert dataset["demonstration_ids"][1:] == [[], []]
+    assert dataset["demonstration_row"] == [0, 1, 2]
+
+
+def test_a_dataset_of_empty_lists():
+    dataset = tokenized([{"prompt": f"{i}", "demonstrations": []} for i in range(3)])
+    assert dataset["demonstration_ids"] == [[], [], []]
+
+
+def test_completion_column_of_trl():
+    dataset = tokenized([{"prompt": "1+1=", "completion": "2"}, {"prompt": "2+2=", "completion": None}])
+    assert texts(dataset) == [["2" + EOS], []]
+    dataset = tokenized([{"prompt": user("1+1="), "completion": assistant("2")}])
+    assert texts(dataset) == [["2" + EOS]]
+
+
+@pytest.mark.parametrize("trace", ["<think>\nx\n</think>\n2", assistant("<think>\nx\n</think>\n2")])
+def test_conversational_prompts_are_rendered_by_the_chat_template(trace):
+    tokenizer = tiny.make_tokenizer()
+    prompt = [{"role": "system", "content": "Think."}, *user("1+1?")]
+    dataset = tokenized([{"prompt": prompt, "demonstrations": [trace]}])
+    content = trace if isinstance(trace, str) else trace[0]["content"]
+    turn = tokenizer.apply_chat_template([*prompt, *assistant(content)], return_dict=False)
+    prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    assert turn[: len(prompt_ids)] == prompt_ids
+    newline = tokenizer.convert_tokens_to_ids("Ċ")
+    assert turn[-2:] == [tokenizer.eos_token_id, newline]  # the template goes on after the end of the turn
+    assert dataset["demonstration_ids"][0] == [turn[len(prompt_ids) : -1]]
+
+
+def test_chat_template_arguments_are_used():
+    template = tiny.CHATML.replace("{{ message.content }}", "{{ prefix }}{{ message.content }}")
+    tokenizer = tiny.make_tokenizer(template)
+    dataset = tokenized(
+        [{"prompt": user("1"), "demonstrations": ["2"]}], tokenizer, chat_template_kwargs={"prefix": "So: "}
+    )
+    assert texts(dataset) == [["So: 2" + EOS]]
+
+
+@pytest.mark.parametrize(
+    ("trace", "expected"),
+    [
+        ("<think>\nx</think>2", "x</think>2"),
+        ("<think>x</think>2", "x</think>2"),
+        ("x</think>2", "x</think>2"),
+        ("\n<think>x</think>2", "\n<think>x</think>2"),
+    ],
+)
+def test_think_is_not_doubled(trace, expected):
+    tokenizer = tiny.make_tokenizer(tiny.THINKING_CHATML)
+    rows = [{"prompt": user("1+1?"), "demonstrations": [trace]}]
+    assert texts(tokenized(rows, tokenizer)) == [[expected + EOS]]
+    rows = [{"prompt": "1+1? <think>\n", "demonstrations": [trace]}]
+    assert texts(tokenized(rows)) == [[expected + EOS]]
+    # a prompt that does not open the reasoning leaves the trace alone
+    rows = [{"prompt": "1+1?", "demonstrations": [trace]}]
+    assert texts(tokenized(rows)) == [[trace + EOS]]
+
+
+def test_think_without_a_newline_in_the_prompt():
+    assert without_doubled_think("Q: <think>", "<think>\nx") == "\nx"
+    assert without_doubled_think("Q: <think>", "x") == "x"
+
+
+def test_a_template_that_drops_the_reasoning_is_not_asked_for_the_trace():
+    """As DeepSeek-R1's: an assistant turn is rendered from behind `</think>`."""
+    template = tiny.CHATML.replace("{{ message.content }}", "{{ message.content.split('</think>')[-1] }}")
+    dataset = tokenized(
+        [{"prompt": user("1"), "demonstrations": ["<think>x</think>2"]}], tiny.make_tokenizer(template)
+    )
+    assert texts(dataset) == [["<think>x</think>2" + EOS]]
+
+
+def test_a_template_that_trims_a_turn_is_followed():
+    template = tiny.CHATML.replace("{{ message.content }}", "{{ message.content | trim }}")
+    dataset = tokenized([{"prompt": user("1"), "demonstrations": [" 2 \n"]}], tiny.make_tokenizer(template))
+    assert texts(dataset) == [["2" + EOS]]
+
+
+@pytest.mark.parametrize("ending", ["", EOS, EOS + EOS, EOS + "\n"])
+def test_a_trace_ends_in_exactly_one_eos(ending):
+    assert texts(tokenized([{"prompt": "1", "demonstrations": ["2" + ending]}])) == [["2" + EOS]]
+    assert texts(tokenized([{"prompt": user("1"), "demonstrations": ["2" + ending]}])) == [["2" + EOS]]
+
+
+def test_the_end_of_turn_of_the_template_is_preferred_to_the_tokenizers_eos():
+    tokenizer = tiny.make_tokenizer()
+    other = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    dataset = tokenized([{"prompt": user("1"), "demonstrations": ["2"]}], eos_token_ids=[other, 1])
+    assert texts(dataset) == [["2" + EOS]]
+    dataset = tokenized([{"prompt": "1", "demonstrations": ["2"]}], eos_token_ids=[other, 1])
+    assert texts(dataset) == [["2<|endoftext|>"]]
+
+
+def test_an_end_of_turn_that_does_not_end_generation_is_replaced(caplog):
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.eos_token = "<|endoftext|>"
+    dataset = tokenized([{"prompt": user("1"), "demonstrations": ["2"]}], tokenizer)
+    assert texts(dataset) == [["2<|endoftext|>"]]
+    assert "does not end generation" in caplog.text and "set `tokenizer.eos_token`" in caplog.text
+
+
+def test_tokens_do_not_span_the_border_between_prompt_and_trace():
+    tokenizer = tiny.make_tokenizer(merges=[("a", "b")])
+    assert tokenizer.tokenize("xab") == ["x", "ab"]
+    dataset = tokenized([{"prompt": "xa", "demonstrations": ["bab"]}], tokenizer)
+    assert tokenizer.convert_ids_to_tokens(dataset["demonstration_ids"][0][0]) == ["b", "ab", EOS]
+
+
+def test_overflow():
+    rows = [{"prompt": "1", "demonstrations": ["123", "1234", "12345"]}, {"prompt": "2", "demonstrations": ["123456"]}]
+    dataset = tokenized(rows, max_length=5)
+    assert texts(dataset) == [["123" + EOS, "1234" + EOS], []]  # 4 and the EOS are 5 tokens
+    assert dataset["demonstrations_dropped"] == [1, 1]
+    dataset = tokenized(rows, max_length=5, overflow="truncate")
+    assert texts(dataset) == [["123" + EOS, "1234" + EOS, "12345"], ["12345"]]
+    assert dataset["demonstrations_dropped"] == [0, 0]
+    with pytest.raises(ValueError, match=r"row 0: `demonstrations\[2\]` has 6 tokens, more than `max_completion_l"):
+        tokenized(rows, max_length=5, overflow="error")
+
+
+def test_a_truncated_trace_trains(tmp_path):
+    trainer = LuffyTrainer(
+        tiny.save_tiny_model(tmp_path / "model"),
+        tiny.share_of_digits,
+        tiny.make_args(tmp_path, demonstration_overflow="truncate", max_completion_length=5),
+        Dataset.from_list([{"prompt": "1", "demonstrations": ["1234567"]}]),
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["demonstrations/length"] == 5
+
+
+GOOD = {"prompt": "1+1=", "demonstrations": ["2"]}
+
+
+@pytest.mark.parametrize(
+    ("bad_row", "message"),
+    [
+        ({"prompt": "1", "demonstrations": [""]}, r"row 1: `demonstrations\[0\]` is empty. Remove it"),
+        ({"prompt": "1", "demonstrations": ["2", " \n"]}, r"row 1: `demonstrations\[1\]` is empty"),
+        ({"prompt": "1<think>\n", "demonstrations": ["<think>\n"]}, r"row 1: `demonstrations\[0\]` is empty"),
+        ({"prompt": "1", "demonstrations": ["2", None]}, r"row 1: `demonstrations\[1\]` must be a string, got 'None'"),
+        (
+            {"prompt": "1", "demonstrations": [f"2{EOS}3"]},
+            r"row 1: `demonstrations\[0\]` goes on after its end-of-sequence token '<\|im_end\|>'",
+        ),
+    ],
+)
+def test_traces_that_cannot_be_used(bad_row, message):
+    with pytest.raises(ValueError, match=message):
+        tokenized([GOOD, bad_row])
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"prompt": "1", "demonstrations": "2"}], "row 0: `demonstrations` must be a list of traces, got str. Wrap"),
+        ([{"prompt": "1", "demonstrations": [2]}], r"row 0: `demonstrations\[0\]` must be a string, got '2'"),
+        ([{"prompt": "1", "completion": ["2"]}], "row 0: `completion` must be a string"),
+        ([{"prompt": "1", "completion": ""}], "row 0: `completion` is empty"),
+        ([{"prompt": "1", "demonstrations": [assistant("2")]}], r"row 0: `demonstrations\[0\]` must be a string"),
+        ([{"prompt": user("1"), "demonstrations": [user("2")]}], "must be a string or one assistant message"),
+        ([{"prompt": user("1"), "demonstrations": [assistant("2") * 2]}], "must be a string or one assistant message"),
+    ],
+)
+def test_columns_of_the_wrong_type(rows, message):
+    with pytest.raises(ValueError, match=message):
+        tokenized(rows)
+
+
+def test_an_error_in_a_stream_names_the_row():
+    rows = [GOOD, {"prompt": "1", "demonstrations": [""]}]
+    tokenizer = tiny.make_tokenizer()
+    dataset = tokenize_demonstrations(IterableDataset.from_generator(lambda: iter(rows)), tokenizer, [1], 64)
+    with pytest.raises(ValueError, match=r"row 1: `demonstrations\[0\]` is empty"):
+        list(dataset)
+
+
+def test_tokenized_once_and_cached(tmp_path, monkeypatch):
+    """Two trainers on the same file: the second tokenizes no trace, and training tokenizes prompts alone."""
+    model_path = tiny.save_tiny_model(tmp_path / "model")
+    Dataset.from_list(tiny.addition_rows(8)).to_json(tmp_path / "train.jsonl")
+    seen = []
+    call = Qwen2Tokenizer.__call__
+
+    def recording(self, text, *args, **kwargs):
+        seen.extend([text] if isinstance(text, str) else text)
+        return call(self, text, *args, **kwargs)
+
+    def traces_tokenized(**kwargs):
+        seen.clear()
+        dataset = load_dataset("json", data_files=str(tmp_path / "train.jsonl"), split="train", cache_dir=tmp_path)
+        args = tiny.make_args(tmp_path / "out", max_steps=4, **kwargs)
+        trainer = LuffyTrainer(model_path, tiny.share_of_digits, args, dataset)
+        at_construction = sum("</think>" in text for text in seen)
+        trainer.train()
+        return at_construction, sum("</think>" in text for text in seen)
+
+    monkeypatch.setattr(Qwen2Tokenizer, "__call__", recording)
+    assert traces_tokenized() == (8, 8)
+    assert traces_tokenized() == (0, 0)
+    assert traces_tokenized(max_completion_length=20) == (8, 8)  # another limit is another result
+
+
+def test_choice_of_demonstrations():
+    row = {"demonstration_ids": [[1], [2], [3], [4]], "demonstration_row": 7}
+    choices = [choose_demonstrations(row, 2, seed=0, step=step) for step in range(200)]
+    assert all(len(choice) == 2 and choice[0] != choice[1] for choice in choices)
+    counts = [sum([i] in choice for choice in choices) for i in (1, 2, 3, 4)]
+    assert sum(counts) == 400 and min(counts) > 70
+    assert choose_demonstrations(row, 2, seed=0, step=5) == choices[5]
+    assert choose_demonstrations(row, 4, seed=0, step=5) == row["demonstration_ids"]
+    assert choose_demonstrations({"demonstration_ids": [], "demonstration_row": 0}, 1, seed=0, step=0) == []

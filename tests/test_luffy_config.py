@@ -1,0 +1,82 @@
+# Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
+
+import dataclasses
+import re
+import warnings
+
+import pytest
+import tiny
+from trl import GRPOConfig
+
+from luffy_trl import LuffyConfig
+
+
+def test_defaults_are_the_papers_recipe(tmp_path):
+    args = tiny.make_args(tmp_path, num_generations=8, per_device_train_batch_size=8)
+    assert (args.num_demonstrations, args.policy_shaping, args.policy_shaping_gamma) == (1, "regularized", 0.1)
+    assert (args.ratio_clipping, args.advantage_baseline, args.demonstration_overflow) == ("none", "group", "drop")
+    assert (args.loss_type, args.scale_rewards, args.beta, args.temperature) == ("dr_grpo", "none", 0.0, 1.0)
+
+
+def test_only_the_algorithms_defaults_differ_from_grpo():
+    stock = {field.name: field.default for field in dataclasses.fields(GRPOConfig)}
+    changed = {f.name for f in dataclasses.fields(LuffyConfig) if f.name in stock and f.default != stock[f.name]}
+    assert changed == {"loss_type", "scale_rewards"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"policy_shaping": "cubic"}, "`policy_shaping` is 'cubic'. Choose one of 'none', 'regularized'"),
+        ({"ratio_clipping": "all"}, "`ratio_clipping` is 'all'. Choose one of 'none', 'on_policy'"),
+        ({"advantage_baseline": "batch"}, "`advantage_baseline` is 'batch'. Choose one of 'group', 'on_policy'"),
+        ({"demonstration_overflow": "cut"}, "`demonstration_overflow` is 'cut'. Choose one of 'drop', 'truncate'"),
+        ({"policy_shaping_gamma": 0.0}, "`policy_shaping_gamma` must be positive, got 0.0"),
+        ({"policy_shaping_gamma": -0.1}, "`policy_shaping_gamma` must be positive, got -0.1"),
+        ({"policy_shaping": "none", "policy_shaping_gamma": 0.3}, "has no effect with `policy_shaping='none'`"),
+        ({"num_demonstrations": 4}, "`num_demonstrations` (4) must be at least 0 and less than `num_generations` (4)"),
+        ({"num_demonstrations": -1}, "`num_demonstrations` (-1) must be at least 0"),
+        ({"loss_type": "cispo"}, "`loss_type='cispo'` is not supported with `num_demonstrations=1`"),
+        ({"loss_type": "sapo", "num_demonstrations": 0}, "`loss_type='sapo'` is not supported"),
+        ({"importance_sampling_level": "sequence"}, "`importance_sampling_level='sequence'` is not supported"),
+        ({"delta": 2.0}, "`delta=2.0` is not supported"),
+        ({"off_policy_mask_threshold": 0.1}, "`off_policy_mask_threshold=0.1` is not supported"),
+        ({"top_entropy_quantile": 0.2}, "`top_entropy_quantile=0.2` is not supported"),
+        ({"use_adaptive_entropy": True}, "`use_adaptive_entropy=True` is not supported"),
+        ({"multi_objective_aggregation": "normalize_then_sum"}, "`multi_objective_aggregation='normalize_then_sum'`"),
+        ({"use_transformers_continuous_batching": True}, "`use_transformers_continuous_batching=True` is not support"),
+        ({"epsilon": 0.3}, "`epsilon=0.3` and `epsilon_high=None` clip nothing with `ratio_clipping='none'`"),
+        ({"epsilon_high": 0.3}, "clip nothing with `ratio_clipping='none'`. Set `ratio_clipping='on_policy'`"),
+        ({"mask_truncated_completions": True, "demonstration_overflow": "truncate"}, "would mask the demonstrations"),
+    ],
+)
+def test_refused_options(tmp_path, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        tiny.make_args(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"loss_type": "cispo"}, {"delta": 2.0}, {"top_entropy_quantile": 0.2}, {"epsilon": 0.3}]
+)
+def test_plain_grpo_takes_every_option_of_trl(tmp_path, options):
+    tiny.make_args(tmp_path, num_demonstrations=0, ratio_clipping="on_policy", **options)
+
+
+def test_options_without_effect_are_named(tmp_path):
+    with pytest.warns(UserWarning, match="`num_demonstrations=0` trains without.*so policy_shaping, advantage_baseli"):
+        tiny.make_args(tmp_path, num_demonstrations=0, policy_shaping="none", advantage_baseline="on_policy")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        tiny.make_args(tmp_path, num_demonstrations=0)
+
+
+def test_every_field_is_documented_twice():
+    own = {f.name: f for f in dataclasses.fields(LuffyConfig)}.keys() - {
+        f.name for f in dataclasses.fields(GRPOConfig)
+    }
+    for field in dataclasses.fields(LuffyConfig):
+        if field.name in own | {"loss_type", "scale_rewards"}:
+            assert f"        {field.name} (`" in LuffyConfig.__doc__
+            default = f'"{field.default}"' if isinstance(field.default, str) else field.default
+            assert f"*optional*, defaults to `{default}`" in LuffyConfig.__doc__.split(f"{field.name} (`")[1][:120]
+            assert len(field.metadata["help"]) > 20
