@@ -277,7 +277,9 @@ def tokenize_demonstrations(
     return dataset
 
 
-def choose_demonstrations(row: dict[str, Any], num_demonstrations: int, seed: int, step: int) -> list[list[int]]:
+def choose_demonstrations(
+    row: dict[str, Any], num_demonstrations: int, seed: int, step: int, probability: float = 1.0
+) -> list[list[int]]:
     """
     Chooses the traces that a row shows at a step. Every process, and a resumed run, makes the same choice.
 
@@ -290,11 +292,14 @@ def choose_demonstrations(row: dict[str, Any], num_demonstrations: int, seed: in
             Seed of the run.
         step (`int`):
             Optimizer step at which the group is generated.
+        probability (`float`, *optional*, defaults to `1.0`):
+            Probability with which there are any.
 
     Returns:
         `list[list[int]]`: Token ids of at most `num_demonstrations` distinct traces, in the order of their slots.
     """
     traces = row["demonstration_ids"]
-    if len(traces) <= num_demonstrations:
-        return traces
-    return random.Random(f"{seed}-{step}-{row['demonstration_row']}").sample(traces, num_demonstrations)
+    rng = random.Random(f"{seed}-{step}-{row['demonstration_row']}")
+    if rng.random() >= probability:
+        return []
+    return traces if len(traces) <= num_demonstrations else rng.sample(traces, num_demonstrations)

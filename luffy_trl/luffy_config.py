@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 
 from trl import GRPOConfig
 
-from .losses import BASELINES
+from .losses import BASELINES, SHAPINGS
 
 
 # Options of TRL that a group with demonstrations has no right meaning for yet: the value each must have, and why.
@@ -20,11 +20,33 @@ _REFUSED_WITH_DEMONSTRATIONS = {
 }
 _LOSS_TYPES = ("dr_grpo", "grpo", "bnpo", "dapo")
 _CHOICES = {
-    "policy_shaping": ("none", "regularized"),
+    "policy_shaping": SHAPINGS,
+    "on_policy_shaping": SHAPINGS,
     "ratio_clipping": ("none", "on_policy"),
     "advantage_baseline": BASELINES,
     "demonstration_overflow": ("drop", "truncate", "error"),
 }
+# Parameters of an option: the option, and its values with which the parameter means something.
+_PARAMETERS = {
+    "policy_shaping_gamma": ("policy_shaping", ("regularized",)),
+    "policy_shaping_power": ("policy_shaping", ("power",)),
+    "policy_shaping_weight": ("policy_shaping", ("log", "linear_log")),
+    "on_policy_shaping_gamma": ("on_policy_shaping", ("regularized",)),
+    "on_policy_shaping_power": ("on_policy_shaping", ("power",)),
+    "on_policy_shaping_weight": ("on_policy_shaping", ("log", "linear_log")),
+}
+_DEMONSTRATION_OPTIONS = (
+    "policy_shaping",
+    "policy_shaping_gamma",
+    "policy_shaping_power",
+    "policy_shaping_weight",
+    "demonstration_ratio_min",
+    "demonstration_ratio_max",
+    "demonstration_probability",
+    "demonstration_advantage_weight",
+    "demonstration_overflow",
+    "advantage_baseline",
+)
 
 
 @dataclass
@@ -54,9 +76,39 @@ class LuffyConfig(GRPOConfig):
             rollouts alone.
         policy_shaping (`str`, *optional*, defaults to `"regularized"`):
             Shaping f of the ratio r of demonstration tokens (section 3.3): `"regularized"` is r / (r + gamma), which
-            gives improbable tokens more weight; `"none"` is r itself.
+            gives improbable tokens more weight; `"none"` is r itself. `"sqrt"`, `"power"`, `"log"` and `"linear_log"`
+            are the further ones of the released code (`off_policy_reshape`); see [`~luffy_trl.losses.policy_shaping`].
         policy_shaping_gamma (`float`, *optional*, defaults to `0.1`):
             The gamma of `policy_shaping="regularized"`, positive.
+        policy_shaping_power (`float`, *optional*, defaults to `0.5`):
+            The exponent of `policy_shaping="power"` (`off_policy_reshape_pow_exp` of the released code).
+        policy_shaping_weight (`float`, *optional*, defaults to `1.0`):
+            The weight of the logarithm in `policy_shaping="log"` and `"linear_log"` (`off_policy_reshape_weight` of
+            the released code).
+        on_policy_shaping (`str`, *optional*, defaults to `"none"`):
+            The same for rollout tokens, an ablation of the released code (`on_policy_reshape`). `"regularized"` is
+            f(pi_theta) / f(pi_old) there, so that it is 1 at the first update. It is applied before clipping.
+        on_policy_shaping_gamma (`float`, *optional*, defaults to `0.1`):
+            The gamma of `on_policy_shaping="regularized"`, positive.
+        on_policy_shaping_power (`float`, *optional*, defaults to `0.5`):
+            The exponent of `on_policy_shaping="power"`.
+        on_policy_shaping_weight (`float`, *optional*, defaults to `1.0`):
+            The weight of the logarithm in `on_policy_shaping="log"` and `"linear_log"`.
+        demonstration_ratio_min (`float`, *optional*):
+            Lower bound that the coefficient of a demonstration token is clamped to, after shaping
+            (`off_policy_min_clip` of the released code). A clamped token has no gradient.
+        demonstration_ratio_max (`float`, *optional*):
+            Upper bound, likewise (`off_policy_max_clip` of the released code).
+        max_token_prob (`float`, *optional*):
+            Tokens of either kind that the policy gives a higher probability carry no policy loss (`all_max_clip` of
+            the released code). Denominators do not change.
+        demonstration_probability (`float`, *optional*, defaults to `1.0`):
+            Probability with which a row shows its demonstrations at a step; otherwise it trains on rollouts alone
+            (`sample_target_ratio` of the released code).
+        demonstration_advantage_weight (`float`, *optional*, defaults to `1.0`):
+            Factor on the advantages of demonstration tokens (`prefix_reward_weight_alpha` of the released code).
+        rollout_advantage_weight (`float`, *optional*, defaults to `1.0`):
+            Factor on the advantages of rollout tokens (`prefix_reward_weight_beta` of the released code).
         ratio_clipping (`str`, *optional*, defaults to `"none"`):
             `"none"` does not clip the ratio of rollout tokens (the final recipe, appendix E.1); `"on_policy"` clips it
             with `epsilon` and `epsilon_high` as GRPO does. Demonstration tokens are never clipped.
@@ -95,12 +147,73 @@ class LuffyConfig(GRPOConfig):
         default="regularized",
         metadata={
             "help": "Shaping f of the ratio r of demonstration tokens (section 3.3): 'regularized' is r / (r + "
-            "gamma), which gives improbable tokens more weight; 'none' is r itself."
+            "gamma), which gives improbable tokens more weight; 'none' is r itself. 'sqrt', 'power', 'log' and "
+            "'linear_log' are the further ones of the released code."
         },
     )
     policy_shaping_gamma: float = field(
         default=0.1,
         metadata={"help": "The gamma of policy_shaping='regularized', positive."},
+    )
+    policy_shaping_power: float = field(
+        default=0.5,
+        metadata={"help": "The exponent of policy_shaping='power'."},
+    )
+    policy_shaping_weight: float = field(
+        default=1.0,
+        metadata={"help": "The weight of the logarithm in policy_shaping='log' and 'linear_log'."},
+    )
+    on_policy_shaping: str = field(
+        default="none",
+        metadata={
+            "help": "The same for rollout tokens, an ablation of the released code. 'regularized' is f(pi_theta) / "
+            "f(pi_old) there. It is applied before clipping."
+        },
+    )
+    on_policy_shaping_gamma: float = field(
+        default=0.1,
+        metadata={"help": "The gamma of on_policy_shaping='regularized', positive."},
+    )
+    on_policy_shaping_power: float = field(
+        default=0.5,
+        metadata={"help": "The exponent of on_policy_shaping='power'."},
+    )
+    on_policy_shaping_weight: float = field(
+        default=1.0,
+        metadata={"help": "The weight of the logarithm in on_policy_shaping='log' and 'linear_log'."},
+    )
+    demonstration_ratio_min: float | None = field(
+        default=None,
+        metadata={
+            "help": "Lower bound that the coefficient of a demonstration token is clamped to, after shaping. A "
+            "clamped token has no gradient."
+        },
+    )
+    demonstration_ratio_max: float | None = field(
+        default=None,
+        metadata={"help": "Upper bound that the coefficient of a demonstration token is clamped to, after shaping."},
+    )
+    max_token_prob: float | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of either kind that the policy gives a higher probability carry no policy loss. "
+            "Denominators do not change."
+        },
+    )
+    demonstration_probability: float = field(
+        default=1.0,
+        metadata={
+            "help": "Probability with which a row shows its demonstrations at a step; otherwise it trains on rollouts "
+            "alone."
+        },
+    )
+    demonstration_advantage_weight: float = field(
+        default=1.0,
+        metadata={"help": "Factor on the advantages of demonstration tokens."},
+    )
+    rollout_advantage_weight: float = field(
+        default=1.0,
+        metadata={"help": "Factor on the advantages of rollout tokens."},
     )
     ratio_clipping: str = field(
         default="none",
@@ -136,31 +249,43 @@ class LuffyConfig(GRPOConfig):
                 f"`num_demonstrations` ({self.num_demonstrations}) must be at least 0 and less than `num_generations` "
                 f"({self.num_generations}): each group needs a rollout. Lower it, or raise `num_generations`."
             )
-        if self.policy_shaping_gamma <= 0:
+        for name in (
+            "policy_shaping_gamma",
+            "on_policy_shaping_gamma",
+            "policy_shaping_power",
+            "on_policy_shaping_power",
+        ):
+            if getattr(self, name) <= 0:
+                raise ValueError(
+                    f"`{name}` must be positive, got {getattr(self, name)}. For no shaping set "
+                    f"`{name.rpartition('_')[0]}='none'`."
+                )
+        for name, (option, values) in _PARAMETERS.items():
+            if self._is_set(name) and getattr(self, option) not in values:
+                raise ValueError(
+                    f"`{name}={getattr(self, name)}` has no effect with `{option}={getattr(self, option)!r}`. Remove "
+                    f"one of them, or set `{option}` to {' or '.join(map(repr, values))}."
+                )
+        low, high = self.demonstration_ratio_min, self.demonstration_ratio_max
+        if low is not None and high is not None and low >= high:
             raise ValueError(
-                f"`policy_shaping_gamma` must be positive, got {self.policy_shaping_gamma}. The paper uses 0.1; for "
-                "no shaping set `policy_shaping='none'`."
+                f"`demonstration_ratio_min` ({low}) must be less than `demonstration_ratio_max` ({high})."
             )
-        if self.policy_shaping != "regularized" and self._is_set("policy_shaping_gamma"):
+        if self.max_token_prob is not None and not 0 < self.max_token_prob < 1:
+            raise ValueError(f"`max_token_prob` must be between 0 and 1, got {self.max_token_prob}.")
+        if not 0 < self.demonstration_probability <= 1:
             raise ValueError(
-                f"`policy_shaping_gamma={self.policy_shaping_gamma}` has no effect with "
-                f"`policy_shaping={self.policy_shaping!r}`. Remove one of them."
+                f"`demonstration_probability` must be above 0 and at most 1, got {self.demonstration_probability}. "
+                "For no demonstrations set `num_demonstrations=0`."
             )
 
         is_plain_grpo = self.num_demonstrations == 0 and self.ratio_clipping == "on_policy"
-        if not is_plain_grpo:
+        if is_plain_grpo:
+            self._check_plain_grpo()
+        else:
             self._check_trl_options()
         if self.num_demonstrations == 0:
-            without_effect = [
-                name
-                for name in (
-                    "policy_shaping",
-                    "policy_shaping_gamma",
-                    "advantage_baseline",
-                    "demonstration_overflow",
-                )
-                if self._is_set(name)
-            ]
+            without_effect = [name for name in _DEMONSTRATION_OPTIONS if self._is_set(name)]
             if without_effect:
                 warnings.warn(
                     f"`num_demonstrations=0` trains without demonstrations, so {', '.join(without_effect)} have no "
@@ -170,6 +295,14 @@ class LuffyConfig(GRPOConfig):
 
     def _is_set(self, name: str) -> bool:
         return getattr(self, name) != next(f.default for f in fields(self) if f.name == name)
+
+    def _check_plain_grpo(self):
+        for name in ("on_policy_shaping", "max_token_prob", "rollout_advantage_weight"):
+            if self._is_set(name):
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` has no effect on plain GRPO (`num_demonstrations=0` with "
+                    "`ratio_clipping='on_policy'`). Remove it."
+                )
 
     def _check_trl_options(self):
         if self.loss_type not in _LOSS_TYPES:

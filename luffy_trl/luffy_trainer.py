@@ -178,10 +178,25 @@ class LuffyTrainer(GRPOTrainer):
             rollout_func=rollout_func,
             environment_factory=environment_factory,
         )
-        self._shaping = Shaping(args.policy_shaping, gamma=args.policy_shaping_gamma)
-        self._clip_range = (
-            (1 - self.epsilon_low, 1 + self.epsilon_high) if args.ratio_clipping == "on_policy" else None
-        )
+        self._loss_options = {
+            "shaping": Shaping(
+                args.policy_shaping,
+                gamma=args.policy_shaping_gamma,
+                power=args.policy_shaping_power,
+                weight=args.policy_shaping_weight,
+            ),
+            "on_policy_shaping": Shaping(
+                args.on_policy_shaping,
+                gamma=args.on_policy_shaping_gamma,
+                power=args.on_policy_shaping_power,
+                weight=args.on_policy_shaping_weight,
+            ),
+            "clip_range": (1 - self.epsilon_low, 1 + self.epsilon_high)
+            if args.ratio_clipping == "on_policy"
+            else None,
+            "ratio_range": (args.demonstration_ratio_min, args.demonstration_ratio_max),
+            "max_token_prob": args.max_token_prob,
+        }
         # (sum, count) of each metric that is divided when it is logged
         zero = torch.zeros(2, device=self.accelerator.device)
         self._sums = defaultdict(lambda: zero)
@@ -207,7 +222,11 @@ class LuffyTrainer(GRPOTrainer):
             for i, row in enumerate(inputs):
                 slot = (first_row + i) % self.num_generations
                 traces = choose_demonstrations(
-                    row, self.args.num_demonstrations, self.args.seed, self.state.global_step
+                    row,
+                    self.args.num_demonstrations,
+                    self.args.seed,
+                    self.state.global_step,
+                    probability=self.args.demonstration_probability,
                 )
                 if slot < len(traces):
                     self._demonstrations[i] = traces[slot]
@@ -243,6 +262,10 @@ class LuffyTrainer(GRPOTrainer):
             self._log_group_metrics(rewards, demonstration_lengths, all_dropped)
             if self._is_demonstration.any():
                 self._describe_rollouts_only(rewards, output)
+        weights = self.args.demonstration_advantage_weight, self.args.rollout_advantage_weight
+        if mode == "train" and weights != (1.0, 1.0):
+            per_token_weights = torch.where(output["demonstration_mask"], *weights)
+            output["advantages"] = output["advantages"].unsqueeze(1) * per_token_weights
         return output
 
     def _log_group_metrics(self, rewards: torch.Tensor, demonstration_lengths: torch.Tensor, dropped: torch.Tensor):
@@ -422,9 +445,8 @@ class LuffyTrainer(GRPOTrainer):
             inputs["advantages"],
             mask,
             demonstration_mask,
-            shaping=self._shaping,
-            clip_range=self._clip_range,
             ratio=ratio,
+            **self._loss_options,
         )
         if "importance_sampling_ratio" in inputs:
             per_token_loss = per_token_loss * inputs["importance_sampling_ratio"]

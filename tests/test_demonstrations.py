@@ -256,4 +256,6 @@ def test_choice_of_demonstrations():
     assert sum(counts) == 400 and min(counts) > 70
     assert choose_demonstrations(row, 2, seed=0, step=5) == choices[5]
     assert choose_demonstrations(row, 4, seed=0, step=5) == row["demonstration_ids"]
+    shown = [bool(choose_demonstrations(row, 1, seed=0, step=step, probability=0.25)) for step in range(1000)]
+    assert 200 < sum(shown) < 300
     assert choose_demonstrations({"demonstration_ids": [], "demonstration_row": 0}, 1, seed=0, step=0) == []

@@ -133,7 +133,10 @@ def test_evaluation_sets_are_told_apart(tmp_path):
     names = [tmp_path / "easy.jsonl", tmp_path / "hard.jsonl"]
     run(*arguments, "--num_generations_eval", 1, "--eval_dataset_names", *names)
     records = [log for log in log_history(tmp_path) if "eval_reward" in log]
-    assert [{name for name in ("easy", "hard") if f"eval_{name}_loss" in log} for log in records] == [{"easy"}, {"hard"}]
+    assert [{name for name in ("easy", "hard") if f"eval_{name}_loss" in log} for log in records] == [
+        {"easy"},
+        {"hard"},
+    ]
 
 
 def test_peft_flags(tmp_path):

@@ -27,13 +27,28 @@ def test_only_the_algorithms_defaults_differ_from_grpo():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"policy_shaping": "cubic"}, "`policy_shaping` is 'cubic'. Choose one of 'none', 'regularized'"),
+        ({"policy_shaping": "cubic"}, "`policy_shaping` is 'cubic'. Choose one of 'none', 'regularized', 'sqrt'"),
         ({"ratio_clipping": "all"}, "`ratio_clipping` is 'all'. Choose one of 'none', 'on_policy'"),
         ({"advantage_baseline": "batch"}, "`advantage_baseline` is 'batch'. Choose one of 'group', 'on_policy'"),
         ({"demonstration_overflow": "cut"}, "`demonstration_overflow` is 'cut'. Choose one of 'drop', 'truncate'"),
         ({"policy_shaping_gamma": 0.0}, "`policy_shaping_gamma` must be positive, got 0.0"),
         ({"policy_shaping_gamma": -0.1}, "`policy_shaping_gamma` must be positive, got -0.1"),
         ({"policy_shaping": "none", "policy_shaping_gamma": 0.3}, "has no effect with `policy_shaping='none'`"),
+        ({"policy_shaping": "sqrt", "policy_shaping_power": 0.3}, "no effect with `policy_shaping='sqrt'`"),
+        ({"policy_shaping_weight": 0.3}, "or set `policy_shaping` to 'log' or 'linear_log'"),
+        ({"policy_shaping": "power", "policy_shaping_power": 0.0}, "`policy_shaping_power` must be positive, got 0.0"),
+        ({"on_policy_shaping": "cubic"}, "`on_policy_shaping` is 'cubic'"),
+        ({"on_policy_shaping_gamma": 0.3}, "no effect with `on_policy_shaping='none'`"),
+        (
+            {"demonstration_ratio_min": 0.9, "demonstration_ratio_max": 0.1},
+            "`demonstration_ratio_min` (0.9) must be l",
+        ),
+        ({"max_token_prob": 1.0}, "`max_token_prob` must be between 0 and 1, got 1.0"),
+        ({"demonstration_probability": 0.0}, "`demonstration_probability` must be above 0 and at most 1, got 0.0"),
+        (
+            {"num_demonstrations": 0, "ratio_clipping": "on_policy", "max_token_prob": 0.9},
+            "`max_token_prob=0.9` has no effect on plain GRPO",
+        ),
         ({"num_demonstrations": 4}, "`num_demonstrations` (4) must be at least 0 and less than `num_generations` (4)"),
         ({"num_demonstrations": -1}, "`num_demonstrations` (-1) must be at least 0"),
         ({"loss_type": "cispo"}, "`loss_type='cispo'` is not supported with `num_demonstrations=1`"),
@@ -78,5 +93,6 @@ def test_every_field_is_documented_twice():
         if field.name in own | {"loss_type", "scale_rewards"}:
             assert f"        {field.name} (`" in LuffyConfig.__doc__
             default = f'"{field.default}"' if isinstance(field.default, str) else field.default
-            assert f"*optional*, defaults to `{default}`" in LuffyConfig.__doc__.split(f"{field.name} (`")[1][:120]
+            default = "" if field.default is None else f", defaults to `{default}`"
+            assert f"*optional*{default}):" in LuffyConfig.__doc__.split(f"        {field.name} (`")[1][:120]
             assert len(field.metadata["help"]) > 20

@@ -307,6 +307,73 @@ def test_a_failed_demonstration_becomes_less_probable(model_path, tmp_path):
     assert logs[-1]["demonstrations/prob"] < 0.8 * logs[0]["demonstrations/prob"]
 
 
+@pytest.mark.parametrize("num_demonstrations", [0, 2])
+def test_options_of_the_loss_reach_it(model_path, tmp_path, num_demonstrations):
+    """The loss of the first micro-batch, put together by hand from the log-probs, for options that are all set."""
+    trainer = LuffyTrainer(
+        model_path,
+        tiny.share_of_digits,
+        tiny.make_args(
+            tmp_path,
+            num_demonstrations=num_demonstrations,
+            policy_shaping="linear_log" if num_demonstrations else "regularized",
+            **({"policy_shaping_weight": 0.2, "demonstration_ratio_min": -0.6} if num_demonstrations else {}),
+            **({"demonstration_ratio_max": -0.5} if num_demonstrations else {}),
+            **({"demonstration_advantage_weight": 3.0} if num_demonstrations else {}),
+            on_policy_shaping="power",
+            on_policy_shaping_power=0.25,
+            rollout_advantage_weight=0.5,
+            max_token_prob=0.1,
+            gradient_accumulation_steps=1,
+            steps_per_generation=2,
+            max_steps=2,
+        ),
+        Dataset.from_list(tiny.addition_rows(2, lambda i: ["A7", "7A"])),
+    )
+    losses, compute_loss, generate_and_score = [], trainer._compute_loss, trainer._generate_and_score_completions
+    advantages = []
+
+    def recording(model, inputs):
+        logps, _, _ = trainer._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
+            inputs["completion_ids"].size(1),
+        )
+        loss = compute_loss(model, inputs)
+        losses.append((inputs, logps.detach(), loss.item()))
+        return loss
+
+    trainer._compute_loss = recording
+    trainer._generate_and_score_completions = lambda inputs: (
+        advantages.append(generate_and_score(inputs)) or advantages[-1]
+    )
+    trainer.train()
+    (_, _, _), (inputs, logps, loss) = losses  # at the second update the ratio of rollouts is not 1
+    table = list(trainer._logs["advantages"])
+    is_demonstration, mask = inputs["demonstration_mask"], inputs["completion_mask"]
+    assert is_demonstration.any() == bool(num_demonstrations)
+    prob, ratio = logps.exp(), (logps - inputs["old_per_token_logps"]).exp()
+    coefficient = torch.where(is_demonstration, (prob + 0.2 * logps).clamp(-0.6, -0.5), ratio**0.25)
+    assert ((coefficient - 1).abs() > 1e-4)[mask.bool() & ~is_demonstration].any()
+    weight = torch.where(is_demonstration, 3.0, 0.5)
+    row_advantages = (inputs["advantages"] / weight)[:, 0]
+    assert all(min(abs(a - t) for t in table) < 1e-6 for a in row_advantages.tolist())
+    expected = -(coefficient * inputs["advantages"] * mask * (prob <= 0.1)).sum() / (4 * 16)
+    assert loss == pytest.approx(expected.item(), abs=1e-7)
+
+
+def test_demonstration_probability(model_path, tmp_path):
+    args = tiny.make_args(tmp_path, max_steps=30, demonstration_probability=0.5)
+    trainer = LuffyTrainer(
+        model_path, tiny.share_of_digits, args, Dataset.from_list(tiny.addition_rows(4, lambda i: ["A"]))
+    )
+    generated = tiny.count_generated_rows(trainer.model)
+    trainer.train()
+    assert set(generated) == {3, 4}
+    assert 8 <= generated.count(3) <= 22
+
+
 # ---------------------------------------------------------------------------------------------- metrics
 
 
