@@ -8,9 +8,10 @@ the rendered prompt, up to and including one token that ends generation.
 """
 
 import importlib.metadata
+import math
 import random
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 from accelerate.logging import get_logger
@@ -19,12 +20,17 @@ from transformers import PreTrainedTokenizerBase
 from trl.data_utils import is_conversational
 
 
+if TYPE_CHECKING:
+    from .luffy_config import LuffyConfig
+
+
 logger = get_logger(__name__)
 
 # Columns that `tokenize_demonstrations` adds, and that the trainer takes out again before reward functions see a row.
 DEMONSTRATION_COLUMNS = {
     "demonstration_ids": List(List(Value("int32"))),  # the traces that fit, tokenized
-    "demonstrations_dropped": Value("int32"),  # how many did not
+    "demonstration_logps": List(List(Value("float32"))),  # log pi_phi of their tokens, or no lists where not given
+    "demonstrations_dropped": Value("int32"),  # how many did not fit
     "demonstration_row": Value("int64"),  # number of the row in the dataset, so that a choice can depend on it
 }
 
@@ -76,19 +82,24 @@ class DemonstrationTokenizer:
         """
         places, prompt_texts, trace_texts, end_ids = [], [], [], []
         for position, (index, prompt) in enumerate(zip(indices, rows["prompt"], strict=True)):
-            for trace, name in self._traces(rows[self.field_name][position], f"row {index}"):
+            for number, (trace, name) in enumerate(self._traces(rows[self.field_name][position], f"row {index}")):
                 prompt_text, trace_text, end_id = self._render(prompt, trace, name)
-                places.append((position, name))
+                places.append((position, number, name))
                 prompt_texts.append(prompt_text)
                 trace_texts.append(trace_text)
                 end_ids.append(end_id)
 
+        has_logprobs = "demonstration_logprobs" in rows
         demonstration_ids = [[] for _ in indices]
+        demonstration_logps = [[] for _ in indices]
         dropped = [0] * len(indices)
         is_chat = bool(rows["prompt"]) and is_conversational({"prompt": rows["prompt"][0]})
         all_ids = self._tokenize(prompt_texts, trace_texts, add_special_tokens=not is_chat)
-        for (position, name), ids, end_id in zip(places, all_ids, end_ids, strict=True):
+        for (position, number, name), ids, end_id in zip(places, all_ids, end_ids, strict=True):
             ids = self._end_once(ids, end_id, name)
+            logps = None
+            if has_logprobs:
+                logps = self._logprobs(rows["demonstration_logprobs"][position], number, len(ids), name)
             if len(ids) > self.max_length:
                 if self.overflow == "error":
                     raise ValueError(
@@ -100,8 +111,11 @@ class DemonstrationTokenizer:
                     continue
                 ids = ids[: self.max_length]
             demonstration_ids[position].append(ids)
+            if logps is not None:
+                demonstration_logps[position].append(logps[: len(ids)])
         return {
             "demonstration_ids": demonstration_ids,
+            "demonstration_logps": demonstration_logps,
             "demonstrations_dropped": dropped,
             "demonstration_row": indices,
         }
@@ -120,6 +134,26 @@ class DemonstrationTokenizer:
                 "row without a trace has an empty one."
             )
         return traces
+
+    def _logprobs(self, value: Any, number: int, length: int, name: str) -> list[float]:
+        """The log-probabilities of one trace, checked against its tokens."""
+        if isinstance(value, list) and self.field_name == "demonstrations" and number < len(value):
+            value = value[number]
+        if not isinstance(value, list) or not all(isinstance(logp, float | int) for logp in value):
+            raise ValueError(
+                f"{name} has no list of numbers in `demonstration_logprobs`, got {str(value)[:100]!r}. Give the "
+                "log-probability of each of its tokens, or remove the column."
+            )
+        if len(value) != length:
+            raise ValueError(
+                f"{name} has {length} tokens, the one that ends it included, but `demonstration_logprobs` has "
+                f"{len(value)} for it. Score the trace with the tokenizer of the policy."
+            )
+        if any(logp > 0 for logp in value):
+            raise ValueError(
+                f"{name}: `demonstration_logprobs` has a value above 0. They are logarithms of probabilities."
+            )
+        return value
 
     def _render(self, prompt: str | list[dict], trace: str | list[dict], name: str) -> tuple[str, str, int]:
         """The text of the prompt, the text of the trace as it follows it, and the token id that ends the trace."""
@@ -277,29 +311,84 @@ def tokenize_demonstrations(
     return dataset
 
 
-def choose_demonstrations(
-    row: dict[str, Any], num_demonstrations: int, seed: int, step: int, probability: float = 1.0
-) -> list[list[int]]:
+@dataclass(frozen=True)
+class Demonstration:
     """
-    Chooses the traces that a row shows at a step. Every process, and a resumed run, makes the same choice.
+    What one completion shows of a trace.
+
+    Args:
+        ids (`list[int]`):
+            Token ids: the whole trace, or a prefix of it.
+        logps (`list[float]`, *optional*):
+            Their log-probabilities under whoever wrote them, log pi_phi.
+        is_complete (`bool`, *optional*, defaults to `True`):
+            Whether this is the whole trace. If not, the policy continues.
+    """
+
+    ids: list[int]
+    logps: list[float] | None = None
+    is_complete: bool = True
+
+
+def choose_demonstrations(row: dict[str, Any], args: "LuffyConfig", step: int) -> list[Demonstration | None]:
+    """
+    Chooses what a row shows at a step. Every process, and a resumed run, makes the same choice.
 
     Args:
         row (`dict[str, Any]`):
             A row of the tokenized dataset.
-        num_demonstrations (`int`):
-            Most traces to choose.
-        seed (`int`):
-            Seed of the run.
+        args ([`LuffyConfig`]):
+            Configuration of the run.
         step (`int`):
             Optimizer step at which the group is generated.
-        probability (`float`, *optional*, defaults to `1.0`):
-            Probability with which there are any.
 
     Returns:
-        `list[list[int]]`: Token ids of at most `num_demonstrations` distinct traces, in the order of their slots.
+        `list[Demonstration | None]`: At most `args.num_demonstrations` demonstrations of distinct traces, in the order
+        of the slots of the group; `None` for one of which no token is shown.
     """
-    traces = row["demonstration_ids"]
-    rng = random.Random(f"{seed}-{step}-{row['demonstration_row']}")
-    if rng.random() >= probability:
+    rng = random.Random(f"{args.seed}-{step}-{row['demonstration_row']}")
+    if rng.random() >= args.demonstration_probability:
         return []
-    return traces if len(traces) <= num_demonstrations else rng.sample(traces, num_demonstrations)
+    numbers = range(len(row["demonstration_ids"]))
+    if len(numbers) > args.num_demonstrations:
+        numbers = rng.sample(numbers, args.num_demonstrations)
+    demonstrations = []
+    for slot, number in enumerate(numbers):
+        ids = row["demonstration_ids"][number]
+        logps = row["demonstration_logps"][number] if row["demonstration_logps"] else None
+        length = round(len(ids) * prefix_ratio(args, step, slot, rng))
+        demonstration = Demonstration(ids[:length], logps and logps[:length], is_complete=length == len(ids))
+        demonstrations.append(demonstration if length > 0 else None)
+    return demonstrations
+
+
+def prefix_ratio(args: "LuffyConfig", step: int, slot: int, rng: random.Random) -> float:
+    """
+    The share of a trace that is shown.
+
+    Args:
+        args ([`LuffyConfig`]):
+            Configuration of the run.
+        step (`int`):
+            Optimizer step.
+        slot (`int`):
+            Slot of the demonstration in its group.
+        rng (`random.Random`):
+            Source of `prefix_schedule="random"`.
+
+    Returns:
+        `float`: A ratio between `args.prefix_ratio_min` and `args.prefix_ratio_max`.
+    """
+    low, high = args.prefix_ratio_min, args.prefix_ratio_max
+    if args.prefix_schedule == "random":
+        share = rng.random()
+    elif args.prefix_schedule == "fixed":
+        share = slot / (args.num_demonstrations - 1) if args.num_demonstrations > 1 else 1.0
+    else:
+        progress = min(step / args.prefix_schedule_steps, 1.0)
+        share = {
+            "linear": 1 - progress,
+            "cosine": (1 + math.cos(math.pi * progress)) / 2,
+            "reverse_linear": progress,
+        }[args.prefix_schedule]
+    return low + (high - low) * share

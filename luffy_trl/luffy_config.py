@@ -25,6 +25,8 @@ _CHOICES = {
     "ratio_clipping": ("none", "on_policy"),
     "advantage_baseline": BASELINES,
     "demonstration_overflow": ("drop", "truncate", "error"),
+    "prefix_schedule": ("random", "linear", "cosine", "reverse_linear", "fixed"),
+    "demonstration_loss": ("policy_gradient", "sft"),
 }
 # Parameters of an option: the option, and its values with which the parameter means something.
 _PARAMETERS = {
@@ -34,18 +36,28 @@ _PARAMETERS = {
     "on_policy_shaping_gamma": ("on_policy_shaping", ("regularized",)),
     "on_policy_shaping_power": ("on_policy_shaping", ("power",)),
     "on_policy_shaping_weight": ("on_policy_shaping", ("log", "linear_log")),
+    "prefix_schedule_steps": ("prefix_schedule", ("linear", "cosine", "reverse_linear")),
+    "sft_loss_coef": ("demonstration_loss", ("sft",)),
 }
-_DEMONSTRATION_OPTIONS = (
+# Options of the ratio and the advantage of demonstrations, which cross-entropy has not.
+_POLICY_GRADIENT_OPTIONS = (
     "policy_shaping",
     "policy_shaping_gamma",
     "policy_shaping_power",
     "policy_shaping_weight",
     "demonstration_ratio_min",
     "demonstration_ratio_max",
-    "demonstration_probability",
     "demonstration_advantage_weight",
+)
+_DEMONSTRATION_OPTIONS = (
+    *_POLICY_GRADIENT_OPTIONS,
+    "demonstration_probability",
+    "demonstration_loss",
     "demonstration_overflow",
     "advantage_baseline",
+    "prefix_ratio_min",
+    "prefix_ratio_max",
+    "prefix_schedule",
 )
 
 
@@ -119,6 +131,27 @@ class LuffyConfig(GRPOConfig):
             What happens to a trace of more than `max_completion_length` tokens: `"drop"` leaves it out (the metric
             `demonstrations/dropped` counts it), `"truncate"` cuts it and appends no end-of-sequence token, `"error"`
             raises a `ValueError` that names the row.
+        prefix_ratio_min (`float`, *optional*, defaults to `1.0`):
+            Least share of a trace that is shown, between 0 and 1 (`min_prefix_ratio` of the released code). Of a trace
+            that is not shown whole, the policy continues the prefix: the row holds demonstration tokens, then rollout
+            tokens, of at most `max_completion_length` together.
+        prefix_ratio_max (`float`, *optional*, defaults to `1.0`):
+            Greatest share of a trace that is shown (`max_prefix_ratio` of the released code).
+        prefix_schedule (`str`, *optional*, defaults to `"random"`):
+            How the share moves between the two (`prefix_strategy` of the released code): `"random"` draws it anew for
+            each row and step, `"linear"` and `"cosine"` lower it from the greatest to the least over
+            `prefix_schedule_steps`, `"reverse_linear"` raises it, and `"fixed"` spreads it evenly over the
+            demonstrations of a group.
+        prefix_schedule_steps (`int`, *optional*):
+            Number of updates that `"linear"`, `"cosine"` and `"reverse_linear"` take (`prefix_steps` of the released
+            code).
+        demonstration_loss (`str`, *optional*, defaults to `"policy_gradient"`):
+            `"policy_gradient"` is LUFFY. `"sft"` is the paper's baseline "RL w/ SFT loss" (`use_sft_multitask_loss` of
+            the released code): the policy gradient covers rollouts alone, and `sft_loss_coef` times the mean
+            cross-entropy of the demonstration tokens of the update is added. It needs
+            `advantage_baseline="on_policy"`.
+        sft_loss_coef (`float`, *optional*, defaults to `1.0`):
+            Weight of the cross-entropy of `demonstration_loss="sft"`.
     """
 
     loss_type: str = field(
@@ -238,6 +271,42 @@ class LuffyConfig(GRPOConfig):
         },
     )
 
+    prefix_ratio_min: float = field(
+        default=1.0,
+        metadata={
+            "help": "Least share of a trace that is shown, between 0 and 1. Of a trace that is not shown whole, the "
+            "policy continues the prefix."
+        },
+    )
+    prefix_ratio_max: float = field(
+        default=1.0,
+        metadata={"help": "Greatest share of a trace that is shown, between 0 and 1."},
+    )
+    prefix_schedule: str = field(
+        default="random",
+        metadata={
+            "help": "How the share moves between the two: 'random' draws it anew for each row and step, 'linear' and "
+            "'cosine' lower it from the greatest to the least over prefix_schedule_steps, 'reverse_linear' raises it, "
+            "and 'fixed' spreads it evenly over the demonstrations of a group."
+        },
+    )
+    prefix_schedule_steps: int | None = field(
+        default=None,
+        metadata={"help": "Number of updates that 'linear', 'cosine' and 'reverse_linear' take."},
+    )
+    demonstration_loss: str = field(
+        default="policy_gradient",
+        metadata={
+            "help": "'policy_gradient' is LUFFY. 'sft' is the paper's baseline 'RL w/ SFT loss': the policy gradient "
+            "covers rollouts alone, and sft_loss_coef times the mean cross-entropy of the demonstration tokens of the "
+            "update is added. It needs advantage_baseline='on_policy'."
+        },
+    )
+    sft_loss_coef: float = field(
+        default=1.0,
+        metadata={"help": "Weight of the cross-entropy of demonstration_loss='sft'."},
+    )
+
     def __post_init__(self):
         super().__post_init__()
         for name, choices in _CHOICES.items():
@@ -278,6 +347,26 @@ class LuffyConfig(GRPOConfig):
                 f"`demonstration_probability` must be above 0 and at most 1, got {self.demonstration_probability}. "
                 "For no demonstrations set `num_demonstrations=0`."
             )
+        if not 0 <= self.prefix_ratio_min <= self.prefix_ratio_max <= 1:
+            raise ValueError(
+                f"`prefix_ratio_min` ({self.prefix_ratio_min}) and `prefix_ratio_max` ({self.prefix_ratio_max}) must "
+                "be between 0 and 1, the first not greater than the second."
+            )
+        if (
+            self.prefix_schedule in _PARAMETERS["prefix_schedule_steps"][1]
+            and not (self.prefix_schedule_steps or 0) > 0
+        ):
+            raise ValueError(
+                f"`prefix_schedule={self.prefix_schedule!r}` needs `prefix_schedule_steps`, the number of updates "
+                "that it takes."
+            )
+        if self._is_set("prefix_schedule") and self.prefix_ratio_min == self.prefix_ratio_max:
+            raise ValueError(
+                f"`prefix_schedule={self.prefix_schedule!r}` has no effect while `prefix_ratio_min` and "
+                f"`prefix_ratio_max` are both {self.prefix_ratio_max}. Lower `prefix_ratio_min`, or remove it."
+            )
+        if self.demonstration_loss == "sft":
+            self._check_sft()
 
         is_plain_grpo = self.num_demonstrations == 0 and self.ratio_clipping == "on_policy"
         if is_plain_grpo:
@@ -303,6 +392,19 @@ class LuffyConfig(GRPOConfig):
                     f"`{name}={getattr(self, name)!r}` has no effect on plain GRPO (`num_demonstrations=0` with "
                     "`ratio_clipping='on_policy'`). Remove it."
                 )
+
+    def _check_sft(self):
+        for name in _POLICY_GRADIENT_OPTIONS:
+            if self._is_set(name):
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` has no effect with `demonstration_loss='sft'`, which has no "
+                    "ratio and no advantage. Remove it."
+                )
+        if self.advantage_baseline != "on_policy":
+            raise ValueError(
+                "`demonstration_loss='sft'` gives demonstrations no advantage, so they should not raise the baseline "
+                "of rollouts either. Set `advantage_baseline='on_policy'`."
+            )
 
     def _check_trl_options(self):
         if self.loss_type not in _LOSS_TYPES:

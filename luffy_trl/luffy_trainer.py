@@ -38,7 +38,7 @@ from trl.extras.profiling import profiling_context
 from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
 from trl.trainer.utils import get_config_model_id, nanmax, nanmin, nanstd
 
-from .demonstrations import DEMONSTRATION_COLUMNS, choose_demonstrations, tokenize_demonstrations
+from .demonstrations import DEMONSTRATION_COLUMNS, Demonstration, choose_demonstrations, tokenize_demonstrations
 from .losses import Shaping, group_advantages, importance_ratio, mixed_policy_loss
 from .luffy_config import LuffyConfig
 from .model_card import save_model_card
@@ -202,7 +202,7 @@ class LuffyTrainer(GRPOTrainer):
         self._sums = defaultdict(lambda: zero)
         # State of the generation batch at hand: the demonstration of each local row (or None), and over all processes
         # which rows are demonstrations and what rewards the rows got.
-        self._demonstrations: list[list[int] | None] = []
+        self._demonstrations: list[Demonstration | None] = []
         self._is_demonstration: torch.Tensor | None = None
         self._rewards_per_func: torch.Tensor | None = None
 
@@ -221,27 +221,32 @@ class LuffyTrainer(GRPOTrainer):
         if use_demonstrations:
             for i, row in enumerate(inputs):
                 slot = (first_row + i) % self.num_generations
-                traces = choose_demonstrations(
-                    row,
-                    self.args.num_demonstrations,
-                    self.args.seed,
-                    self.state.global_step,
-                    probability=self.args.demonstration_probability,
-                )
-                if slot < len(traces):
-                    self._demonstrations[i] = traces[slot]
+                chosen = choose_demonstrations(row, self.args, self.state.global_step)
+                if slot < len(chosen):
+                    self._demonstrations[i] = chosen[slot]
                 if slot == 0:
                     dropped[i] = row["demonstrations_dropped"]
-        lengths = [len(ids) if ids is not None else 0 for ids in self._demonstrations]
+        lengths = [len(shown.ids) if shown else 0 for shown in self._demonstrations]
         demonstration_lengths, all_dropped = self.accelerator.gather(torch.tensor([lengths, dropped]).T.to(device)).T
         self._is_demonstration = demonstration_lengths > 0
-        self._log_completion_extra("source", ["demonstration" if length else "rollout" for length in lengths])
+        sources = [
+            "rollout" if shown is None else "demonstration" if shown.is_complete else "prefix"
+            for shown in self._demonstrations
+        ]
+        self._log_completion_extra("source", sources)
 
         inputs = [{key: value for key, value in row.items() if key not in DEMONSTRATION_COLUMNS} for row in inputs]
         output = super()._generate_and_score_completions(inputs)
 
         positions = torch.arange(output["completion_ids"].size(1), device=device)
         output["demonstration_mask"] = positions < torch.tensor(lengths, device=device).unsqueeze(1)
+        output["num_demonstration_tokens"] = demonstration_lengths.sum()
+        if any(shown and shown.logps for shown in self._demonstrations):
+            behavior_logps = torch.zeros(output["completion_ids"].shape)
+            for i, shown in enumerate(self._demonstrations):
+                if shown:
+                    behavior_logps[i, : lengths[i]] = torch.tensor(shown.logps)
+            output["behavior_logps"] = behavior_logps.to(device)
         if use_demonstrations:
             rewards_per_func = self._rewards_per_func
             rewards = (rewards_per_func * self.reward_weights.to(device).unsqueeze(0)).nansum(dim=1)
@@ -340,24 +345,29 @@ class LuffyTrainer(GRPOTrainer):
                 prompt_ids, images, multimodal_fields, num_generations, has_tool_images
             )
 
-        rollout_prompt_ids = [ids for ids, trace in zip(prompt_ids, self._demonstrations, strict=True) if not trace]
+        # A rollout follows the prompt, and what follows a partial demonstration its prefix.
+        shown = self._demonstrations
+        sampled = [i for i in range(len(prompt_ids)) if shown[i] is None or not shown[i].is_complete]
+        sampled_prompt_ids = [prompt_ids[i] + (shown[i].ids if shown[i] else []) for i in sampled]
         if self.use_vllm:
-            rollout_ids, rollout_logps = self._generate_rollouts_with_vllm(rollout_prompt_ids)
-        elif rollout_prompt_ids:
-            rollout_ids, rollout_logps = super()._generate_single_turn(rollout_prompt_ids, None, {}, num_generations)
+            sampled_ids, sampled_logps = self._generate_rollouts_with_vllm(sampled_prompt_ids)
+        elif sampled:
+            sampled_ids, sampled_logps = super()._generate_single_turn(sampled_prompt_ids, None, {}, num_generations)
         else:
-            rollout_ids, rollout_logps = [], None
+            sampled_ids, sampled_logps = [], None
             if self.is_fsdp_enabled or self.accelerator.state.zero_stage == 3:
                 # Sharded models generate together: a process without rollouts has to take part, or the others hang.
                 super()._generate_single_turn(prompt_ids[:1], None, {}, num_generations)
 
-        rollouts = iter(rollout_ids)
-        completion_ids = [trace or next(rollouts) for trace in self._demonstrations]
-        if not self.use_vllm:
-            return completion_ids, None
+        completion_ids = [list(demonstration.ids) if demonstration else [] for demonstration in shown]
         # No sampler gave a demonstration log-probs: `None` becomes an importance-sampling ratio of exactly 1.
-        logps = iter(rollout_logps)
-        return completion_ids, [[None] * len(trace) if trace else next(logps) for trace in self._demonstrations]
+        logps = [[None] * len(ids) for ids in completion_ids]
+        for number, i in enumerate(sampled):
+            budget = self.max_completion_length - len(completion_ids[i])
+            completion_ids[i] += sampled_ids[number][:budget]
+            if self.use_vllm:
+                logps[i] += sampled_logps[number][:budget]
+        return completion_ids, logps if self.use_vllm else None
 
     def _generate_rollouts_with_vllm(self, prompt_ids: list[list[int]]) -> tuple[list[list[int]], list[list[float]]]:
         """
@@ -427,7 +437,9 @@ class LuffyTrainer(GRPOTrainer):
         )
         old_per_token_logps = inputs.get("old_per_token_logps")
         old_per_token_logps = per_token_logps.detach() if old_per_token_logps is None else old_per_token_logps
-        ratio = importance_ratio(per_token_logps, old_per_token_logps, demonstration_mask)
+        ratio = importance_ratio(
+            per_token_logps, old_per_token_logps, demonstration_mask, inputs.get("behavior_logps")
+        )
         rollout_means = {"entropy": entropies}
         if self.beta != 0.0:
             ref_per_token_logps = inputs["ref_per_token_logps"]
@@ -439,11 +451,12 @@ class LuffyTrainer(GRPOTrainer):
                 per_token_kl = per_token_kl * torch.where(demonstration_mask, torch.ones_like(ratio), ratio)
             rollout_means["kl"] = per_token_kl
 
+        is_sft = self.args.demonstration_loss == "sft"
         per_token_loss, stats = mixed_policy_loss(
             per_token_logps,
             old_per_token_logps,
             inputs["advantages"],
-            mask,
+            rollout_mask if is_sft else mask,
             demonstration_mask,
             ratio=ratio,
             **self._loss_options,
@@ -451,7 +464,8 @@ class LuffyTrainer(GRPOTrainer):
         if "importance_sampling_ratio" in inputs:
             per_token_loss = per_token_loss * inputs["importance_sampling_ratio"]
         if mode == "train":
-            self._sum("demonstrations/loss", per_token_loss, demonstration_mask)
+            demonstration_loss = -per_token_logps if is_sft else per_token_loss
+            self._sum("demonstrations/loss", demonstration_loss, demonstration_mask)
             self._sum("demonstrations/prob", per_token_logps.exp(), demonstration_mask)
             self._sum("demonstrations/ratio", stats["coefficient"], demonstration_mask)
             self._sum("demonstrations/fraction", demonstration_mask, mask)
@@ -472,6 +486,14 @@ class LuffyTrainer(GRPOTrainer):
             if mode == "train":
                 num_tokens = num_tokens * accumulation_steps / self.args.steps_per_generation
             loss = (per_token_loss * mask).sum() / num_tokens
+        if is_sft and mode == "train":
+            # The mean over the demonstration tokens of the update, which is this share of the generation batch
+            num_updates = self.args.steps_per_generation / accumulation_steps
+            num_tokens = inputs["num_demonstration_tokens"].clamp(min=1) / num_updates / self.accelerator.num_processes
+            sft_loss = -(per_token_logps * demonstration_mask).sum() / num_tokens
+            if self.loss_type != "dapo":
+                sft_loss = sft_loss * accumulation_steps  # divided again below
+            loss = loss + self.args.sft_loss_coef * sft_loss
         policy_loss = loss.detach()
         if self.loss_type != "dapo":
             loss = loss / accumulation_steps

@@ -248,14 +248,80 @@ def test_tokenized_once_and_cached(tmp_path, monkeypatch):
     assert traces_tokenized(max_completion_length=20) == (8, 8)  # another limit is another result
 
 
-def test_choice_of_demonstrations():
-    row = {"demonstration_ids": [[1], [2], [3], [4]], "demonstration_row": 7}
-    choices = [choose_demonstrations(row, 2, seed=0, step=step) for step in range(200)]
+def test_choice_of_demonstrations(tmp_path):
+    row = {"demonstration_ids": [[1], [2], [3], [4]], "demonstration_logps": [], "demonstration_row": 7}
+
+    def chosen(row, step=5, **kwargs):
+        args = tiny.make_args(tmp_path, num_generations=8, per_device_train_batch_size=8, seed=0, **kwargs)
+        return [shown and shown.ids for shown in choose_demonstrations(row, args, step)]
+
+    choices = [chosen(row, step, num_demonstrations=2) for step in range(200)]
     assert all(len(choice) == 2 and choice[0] != choice[1] for choice in choices)
     counts = [sum([i] in choice for choice in choices) for i in (1, 2, 3, 4)]
     assert sum(counts) == 400 and min(counts) > 70
-    assert choose_demonstrations(row, 2, seed=0, step=5) == choices[5]
-    assert choose_demonstrations(row, 4, seed=0, step=5) == row["demonstration_ids"]
-    shown = [bool(choose_demonstrations(row, 1, seed=0, step=step, probability=0.25)) for step in range(1000)]
-    assert 200 < sum(shown) < 300
-    assert choose_demonstrations({"demonstration_ids": [], "demonstration_row": 0}, 1, seed=0, step=0) == []
+    assert chosen(row, num_demonstrations=2) == choices[5]
+    assert chosen(row, num_demonstrations=4) == row["demonstration_ids"]
+    assert chosen({**row, "demonstration_ids": []}) == []
+    shown = [bool(chosen(row, step, demonstration_probability=0.25)) for step in range(400)]
+    assert 70 < sum(shown) < 130
+
+
+def prefix_lengths(tmp_path, steps=range(11), length=20, **kwargs):
+    row = {"demonstration_ids": [list(range(length))] * 3, "demonstration_logps": [], "demonstration_row": 0}
+    args = tiny.make_args(tmp_path, **kwargs)
+    return [[len(d.ids) if d else 0 for d in choose_demonstrations(row, args, step)] for step in steps]
+
+
+def test_prefix_schedules(tmp_path):
+    def lengths(**kwargs):
+        return [length for (length,) in prefix_lengths(tmp_path, **kwargs)]
+
+    steps = {"prefix_schedule_steps": 10}
+    assert lengths() == [20] * 11
+    assert lengths(prefix_ratio_min=0.0, prefix_schedule="linear", **steps) == list(range(20, -1, -2))
+    assert lengths(prefix_ratio_min=0.0, prefix_schedule="reverse_linear", **steps) == list(range(0, 21, 2))
+    # 20 (1 + cos(pi t / 10)) / 2 at t = 0, 1, 2, ...
+    cosine = lengths(prefix_ratio_min=0.0, prefix_schedule="cosine", **steps)
+    assert cosine == [20, 20, 18, 16, 13, 10, 7, 4, 2, 0, 0]
+    linear = lengths(
+        prefix_ratio_min=0.2, prefix_ratio_max=0.8, prefix_schedule="linear", steps=(0, 5, 10, 99), **steps
+    )
+    assert linear == [16, 10, 4, 4]
+    drawn = lengths(prefix_ratio_min=0.25, prefix_ratio_max=0.75, steps=range(200))
+    assert min(drawn) == 5 and max(drawn) == 15 and len(set(drawn)) == 11
+    assert drawn == lengths(prefix_ratio_min=0.25, prefix_ratio_max=0.75, steps=range(200))
+
+
+def test_fixed_prefixes_are_spread_over_the_group(tmp_path):
+    kwargs = {"num_demonstrations": 3, "prefix_schedule": "fixed", "prefix_ratio_min": 0.0, "steps": [0]}
+    assert prefix_lengths(tmp_path, **kwargs) == [[0, 10, 20]]
+
+
+def test_log_probabilities_of_the_author():
+    rows = [
+        {"prompt": "1", "demonstrations": ["23", "4"], "demonstration_logprobs": [[-0.5, -1.5, 0.0], [-2.0, -0.25]]},
+        {"prompt": "2", "demonstrations": [], "demonstration_logprobs": []},
+    ]
+    dataset = tokenized(rows)
+    assert dataset["demonstration_logps"] == [[[-0.5, -1.5, 0.0], [-2.0, -0.25]], []]
+    dataset = tokenized(rows, max_length=2)  # the first trace is dropped, and its log-probs with it
+    assert dataset["demonstration_logps"] == [[[-2.0, -0.25]], []]
+    dataset = tokenized(rows, max_length=2, overflow="truncate")
+    assert dataset["demonstration_logps"] == [[[-0.5, -1.5], [-2.0, -0.25]], []]
+    dataset = tokenized([{"prompt": "1", "completion": "23", "demonstration_logprobs": [-0.5, -1.5, 0.0]}])
+    assert dataset["demonstration_logps"] == [[[-0.5, -1.5, 0.0]]]
+    assert tokenized([GOOD])["demonstration_logps"] == [[]]
+
+
+@pytest.mark.parametrize(
+    ("logprobs", "message"),
+    [
+        ([[-0.5]], r"row 0: `demonstrations\[0\]` has 2 tokens, the one that ends it included, but .* has 1 for it"),
+        ([], r"row 0: `demonstrations\[0\]` has 2 tokens, .* has 0 for it"),
+        (None, r"row 0: `demonstrations\[0\]` has no list of numbers in `demonstration_logprobs`"),
+        ([[-0.5, 0.1]], "has a value above 0. They are logarithms"),
+    ],
+)
+def test_log_probabilities_that_do_not_fit(logprobs, message):
+    with pytest.raises(ValueError, match=message):
+        tokenized([{"prompt": "1", "demonstrations": ["2"], "demonstration_logprobs": logprobs}])

@@ -45,6 +45,18 @@ def test_only_the_algorithms_defaults_differ_from_grpo():
         ),
         ({"max_token_prob": 1.0}, "`max_token_prob` must be between 0 and 1, got 1.0"),
         ({"demonstration_probability": 0.0}, "`demonstration_probability` must be above 0 and at most 1, got 0.0"),
+        ({"prefix_ratio_min": 0.9, "prefix_ratio_max": 0.5}, "must be between 0 and 1, the first not greater than"),
+        ({"prefix_ratio_max": 1.5}, "must be between 0 and 1"),
+        ({"prefix_schedule": "step"}, "`prefix_schedule` is 'step'. Choose one of 'random', 'linear'"),
+        ({"prefix_ratio_min": 0.0, "prefix_schedule": "linear"}, "needs `prefix_schedule_steps`"),
+        ({"prefix_schedule": "fixed"}, "`prefix_schedule='fixed'` has no effect while"),
+        ({"prefix_ratio_min": 0.0, "prefix_schedule_steps": 9}, "no effect with `prefix_schedule='random'`"),
+        ({"sft_loss_coef": 0.5}, "no effect with `demonstration_loss='policy_gradient'`"),
+        ({"demonstration_loss": "sft"}, "Set `advantage_baseline='on_policy'`"),
+        (
+            {"demonstration_loss": "sft", "advantage_baseline": "on_policy", "policy_shaping": "none"},
+            "`policy_shaping='none'` has no effect with `demonstration_loss='sft'`",
+        ),
         (
             {"num_demonstrations": 0, "ratio_clipping": "on_policy", "max_token_prob": 0.9},
             "`max_token_prob=0.9` has no effect on plain GRPO",

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import AutoModelForCausalLM, Qwen2ForSequenceClassification
+from transformers import AutoModelForCausalLM, Qwen2ForSequenceClassification, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from luffy_trl import LuffyConfig, LuffyTrainer
@@ -372,6 +372,126 @@ def test_demonstration_probability(model_path, tmp_path):
     trainer.train()
     assert set(generated) == {3, 4}
     assert 8 <= generated.count(3) <= 22
+
+
+def test_log_probabilities_of_the_author_are_the_ratio(model_path, tmp_path):
+    """r = pi_theta / pi_phi, and it is shaped."""
+    logprobs = [-1.0, -2.0, -0.5]
+    rows = [{"prompt": "1+1=", "demonstrations": ["A7"], "demonstration_logprobs": [logprobs]}]
+    trainer = LuffyTrainer(model_path, tiny.share_of_digits, tiny.make_args(tmp_path), Dataset.from_list(rows))
+    trainer.train()
+    tokenizer = tiny.make_tokenizer()
+    ids = torch.tensor([tokenizer("1+1=A7")["input_ids"] + [tokenizer.eos_token_id]])
+    with torch.no_grad():
+        logps = AutoModelForCausalLM.from_pretrained(model_path)(ids).logits[0, 3:-1].log_softmax(-1)
+    logps = logps.gather(-1, ids[0, 4:].unsqueeze(-1)).squeeze(-1)
+    ratio = (logps - torch.tensor(logprobs)).exp()
+    log = trainer.state.log_history[0]
+    assert log["demonstrations/ratio"] == pytest.approx((ratio / (ratio + 0.1)).mean().item(), rel=1e-5)
+
+
+def test_partial_demonstrations(model_path, tmp_path):
+    """Two traces of a group, shown to different lengths and continued by the policy within the budget of the row."""
+    trainer = LuffyTrainer(
+        model_path,
+        tiny.share_of_digits,
+        tiny.make_args(
+            tmp_path,
+            num_demonstrations=2,
+            prefix_ratio_min=0.5,
+            prefix_ratio_max=0.75,
+            prefix_schedule="fixed",
+            advantage_baseline="on_policy",
+            log_completions=True,
+            max_completion_length=10,
+        ),
+        Dataset.from_list([{"prompt": "1+1=", "demonstrations": ["ABCDEFG", "1234567"]}]),
+    )
+    outputs, original = [], trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda inputs: outputs.append(original(inputs)) or outputs[-1]
+    seen, generate = [], trainer.model.generate
+
+    def recording(*args, **kwargs):
+        seen.append(
+            [ids[mask.bool()] for ids, mask in zip(kwargs["input_ids"], kwargs["attention_mask"], strict=True)]
+        )
+        return generate(*args, **kwargs)
+
+    trainer.model.generate = recording
+    trainer.train()
+    (output,), ((*prompts,),) = outputs, seen
+    tokenizer = tiny.make_tokenizer()
+    # 8 tokens with the EOS: half of them is 4, three quarters are 6
+    assert [tokenizer.decode(ids) for ids in prompts] == ["1+1=ABCD", "1+1=123456", "1+1=", "1+1="]
+    assert output["demonstration_mask"].sum(1).tolist() == [4, 6, 0, 0]
+    texts = [
+        tokenizer.decode(ids[mask.bool()], skip_special_tokens=True)
+        for ids, mask in zip(output["completion_ids"], output["completion_mask"], strict=True)
+    ]
+    assert texts[0].startswith("ABCD") and texts[1].startswith("123456")
+    lengths = output["completion_mask"].sum(1)
+    assert lengths.max() <= 10 and lengths[0] > 4 and lengths[1] > 6
+    # a row with a prefix is a demonstration for the baseline over rollouts, and for TRL's metrics
+    rewards = torch.tensor(tiny.share_of_digits(texts))
+    torch.testing.assert_close(output["advantages"], rewards - rewards[2:].mean(), atol=1e-6, rtol=0)
+    log = trainer.state.log_history[0]
+    assert log["reward"] == pytest.approx(rewards[2:].mean().item(), abs=1e-6)
+    assert log["demonstrations/reward"] == pytest.approx(rewards[:2].mean().item(), abs=1e-6)
+    assert log["demonstrations/length"] == 5
+    table = pd.read_parquet(tmp_path / "completions" / "completions_00001.parquet")
+    assert table.source.tolist() == ["prefix", "prefix", "rollout", "rollout"]
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_rl_with_sft_loss(model_path, tmp_path, loss_type):
+    """The gradient is that of GRPO on the rollouts plus that of the mean cross-entropy of demonstration tokens."""
+    recorded = []
+
+    class Gradients(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+            recorded.append({name: p.grad.clone() for name, p in model.named_parameters()})
+
+    trainer = LuffyTrainer(
+        model_path,
+        tiny.share_of_digits,
+        tiny.make_args(
+            tmp_path,
+            demonstration_loss="sft",
+            sft_loss_coef=0.7,
+            advantage_baseline="on_policy",
+            loss_type=loss_type,
+            gradient_accumulation_steps=2,
+            max_grad_norm=0.0,
+        ),
+        Dataset.from_list(tiny.addition_rows(2, lambda i: ["A7" + "B" * 3 * i])),
+        callbacks=[Gradients()],
+    )
+    micro_batches, compute_loss = [], trainer._compute_loss
+    trainer._compute_loss = lambda model, inputs: micro_batches.append(inputs) or compute_loss(model, inputs)
+    trainer.train()
+
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    num_tokens = sum(int(batch["completion_mask"].sum()) for batch in micro_batches)
+    num_demonstration_tokens = 3 + 6
+    for batch in micro_batches:
+        for row in range(4):
+            prompt_ids = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()]
+            ids = batch["completion_ids"][row][batch["completion_mask"][row].bool()]
+            logits = model(torch.cat([prompt_ids, ids])[None]).logits[0, len(prompt_ids) - 1 : -1]
+            logps = logits.log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
+            if batch["demonstration_mask"][row].any():
+                loss = -0.7 * logps.sum() / num_demonstration_tokens
+            else:
+                divisor = {
+                    "dr_grpo": 2 * 4 * 16,
+                    "grpo": 2 * 4 * len(ids),
+                    "bnpo": 2 * int(batch["completion_mask"].sum()),
+                    "dapo": num_tokens,
+                }[loss_type]
+                loss = -((logps - logps.detach()).exp() * batch["advantages"][row]).sum() / divisor
+            loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(recorded[0][name], parameter.grad, atol=1e-6, rtol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------- metrics
