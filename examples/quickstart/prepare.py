@@ -16,7 +16,6 @@ examples/quickstart/checkpoint`, and is copied from there.
 
 import argparse
 import json
-import math
 import random
 import shutil
 from collections.abc import Iterator
@@ -65,7 +64,7 @@ class WarmUpConfig:
         seed (`int`): Seed of the data, of the initial weights and of the warm-up.
         num_steps (`int`, *optional*, defaults to `3500`): Number of optimizer steps.
         tokens_per_batch (`int`, *optional*, defaults to `1200`): Number of tokens per step.
-        learning_rate (`float`, *optional*, defaults to `2e-3`): Learning rate before the decay.
+        learning_rate (`float`, *optional*, defaults to `3e-3`): Peak learning rate; it decays linearly.
         mixture (`tuple[float, float, float, float]`, *optional*, defaults to `(0.3, 0.1, 0.25, 0.35)`):
             Shares of solved easy problems, first steps, abandoned problems and excerpts.
         give_up_probability (`float`, *optional*, defaults to `0.998`):
@@ -76,7 +75,7 @@ class WarmUpConfig:
     seed: int
     num_steps: int = 3500
     tokens_per_batch: int = 1200
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     mixture: tuple[float, float, float, float] = (0.3, 0.1, 0.25, 0.35)
     give_up_probability: float = 0.998
 
@@ -192,23 +191,22 @@ def warm_up(
     model: PreTrainedModel, tokenizer: Qwen2Tokenizer, config: WarmUpConfig, excluded_prompts: set[str]
 ) -> None:
     """
-    Trains the model on documents of the warm-up, in place, until it has learned them.
+    Trains the model on documents of the warm-up, in place.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): Model to train.
-        tokenizer ([`~transformers.PreTrainedTokenizerFast`]): Tokenizer.
+        tokenizer ([`~transformers.Qwen2Tokenizer`]): Tokenizer.
         config (`WarmUpConfig`): Settings of the warm-up.
         excluded_prompts (`set[str]`): Prompts that must not be trained on.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 50, 1 - step / config.num_steps)
+    )
     batches = sample_batches(tokenizer, config, excluded_prompts)
-    mean_loss = math.log(len(tokenizer))
-    steps_left = config.num_decay_steps
     model.train()
-    progress = tqdm(range(config.max_steps), desc="Warm-up (ends when the task is learned)", mininterval=0.5)
+    progress = tqdm(range(config.num_steps), desc="Warm-up")
     for step in progress:
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * min((step + 1) / 50, steps_left / config.num_decay_steps)
         input_ids, labels = next(batches)
         logits = model(input_ids, use_cache=False).logits
         loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
@@ -216,18 +214,9 @@ def warm_up(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-
-        mean_loss = 0.97 * mean_loss + 0.03 * loss.item()
-        progress.set_postfix(loss=f"{mean_loss:.3f}", refresh=False)
-        if mean_loss < config.target_loss or steps_left < config.num_decay_steps:
-            steps_left -= 1
-        if steps_left == 0:
-            progress.close()
-            return
-    raise ValueError(
-        f"The warm-up with seed {config.seed} was not done after {config.max_steps} steps (mean loss "
-        f"{mean_loss:.3f}). Pass a larger `--max_steps` or another `--seed`."
-    )
+        scheduler.step()
+        if step % 20 == 0:
+            progress.set_postfix(loss=f"{loss.item():.3f}")
 
 
 @torch.no_grad()
@@ -274,7 +263,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/quickstart"), help="Folder to write to.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the data and of the warm-up.")
     parser.add_argument(
-        "--max_steps", type=int, default=WarmUpConfig.max_steps, help="Optimizer steps after which to give up."
+        "--num_steps", type=int, default=WarmUpConfig.num_steps, help="Number of optimizer steps of the warm-up."
     )
     parser.add_argument(
         "--num_samples", type=int, default=2048, help="Samples per split for the success table; 0 prints no table."
@@ -285,7 +274,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Prepares the quickstart."""
     args = parse_args()
-    config = WarmUpConfig(seed=args.seed, max_steps=args.max_steps)
+    config = WarmUpConfig(seed=args.seed, num_steps=args.num_steps)
     model_dir, data_dir = args.output_dir / "model", args.output_dir / "data"
     fingerprint_file = args.output_dir / "warm_up.json"
     fingerprint = json.dumps(asdict(config), indent=2)
