@@ -52,6 +52,7 @@ def flags(folder, **kwargs):
         "save_steps": 1,
         "logging_steps": 1,
         "eval_strategy": "no",
+        "eval_on_start": False,
         "report_to": "none",
         "disable_tqdm": True,
         **kwargs,
