@@ -61,6 +61,7 @@ class DemonstrationTokenizer:
     max_length: int
     overflow: str = "drop"
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    _end_of_turn: tuple[str, int] | None = field(default=None, init=False, repr=False)
     # Part of the fingerprint under which `datasets` caches the result: another version may tokenize differently.
     version: str = field(default_factory=lambda: importlib.metadata.version("luffy-trl"))
 
@@ -82,6 +83,11 @@ class DemonstrationTokenizer:
         """
         places, prompt_texts, trace_texts, end_ids = [], [], [], []
         for position, (index, prompt) in enumerate(zip(indices, rows["prompt"], strict=True)):
+            if not prompt or not (isinstance(prompt, str) or is_conversational({"prompt": prompt})):
+                raise ValueError(
+                    f"row {index}: `prompt` must be a string or a list of chat messages, got {str(prompt)[:100]!r}. "
+                    "Mend the row, or drop it."
+                )
             for number, (trace, name) in enumerate(self._traces(rows[self.field_name][position], f"row {index}")):
                 prompt_text, trace_text, end_id = self._render(prompt, trace, name)
                 places.append((position, number, name))
@@ -110,6 +116,8 @@ class DemonstrationTokenizer:
                     dropped[position] += 1
                     continue
                 ids = ids[: self.max_length]
+            if ids in demonstration_ids[position]:
+                continue  # the traces of a group are distinct
             demonstration_ids[position].append(ids)
             if logps is not None:
                 demonstration_logps[position].append(logps[: len(ids)])
@@ -178,28 +186,35 @@ class DemonstrationTokenizer:
             prompt_text, end_id = prompt, self.eos_token_ids[0]
             content = without_doubled_think(prompt_text, content)
         else:
-            prompt_text = self._apply_chat_template(prompt, add_generation_prompt=True)
+            prompt_text = self._apply_chat_template(prompt, name, add_generation_prompt=True)
             content = without_doubled_think(prompt_text, content)
-            end_text, end_id = self._end_of_turn(prompt)
+            end_text, end_id = self._find_end_of_turn(prompt, name)
             # A template may trim or normalise the turn, and what it makes of it is what the policy should learn. But
             # one that drops the reasoning, or opens the turn differently, does not show the trace: then it is used as
             # it stands.
-            turn = self._apply_chat_template([*prompt, {"role": "assistant", "content": content}])
+            turn = self._apply_chat_template([*prompt, {"role": "assistant", "content": content}], name)
             if turn.startswith(prompt_text) and content.strip() in turn[len(prompt_text) :]:
                 content = turn[len(prompt_text) :].removesuffix(end_text)
         if not content.strip():
             raise ValueError(f"{name} is empty. Remove it: a row without a trace has an empty list, or None.")
         return prompt_text, content, end_id
 
-    def _apply_chat_template(self, messages: list[dict], **kwargs) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, **kwargs, **self.chat_template_kwargs)
+    def _apply_chat_template(self, messages: list[dict], name: str, **kwargs) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **kwargs, **self.chat_template_kwargs)
+        except Exception as error:  # a template may raise anything
+            raise ValueError(
+                f"{name} cannot be rendered after its prompt: {error} Give the tokenizer a chat template that renders "
+                "these messages and an assistant turn."
+            ) from error
 
-    def _end_of_turn(self, prompt: list[dict]) -> tuple[str, int]:
+    def _find_end_of_turn(self, prompt: list[dict], name: str) -> tuple[str, int]:
         """What the chat template writes after an assistant turn, and the token of it that ends generation."""
-        if not hasattr(self, "_cached_end_of_turn"):
+        if self._end_of_turn is None:
             marker = "MARKER"
-            turn = self._apply_chat_template([*prompt, {"role": "assistant", "content": marker}])
-            text = turn[turn.rindex(marker) + len(marker) :]
+            turn = self._apply_chat_template([*prompt, {"role": "assistant", "content": marker}], name)
+            # A template that does not show the turn does not say how it ends
+            text = turn.rpartition(marker)[2] if marker in turn else ""
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             end_ids = [token_id for token_id in ids if token_id in self.eos_token_ids]
             if ids and not end_ids:
@@ -209,8 +224,8 @@ class DemonstrationTokenizer:
                     f"{self.tokenizer.eos_token!r} instead. If that is not what you want, set `tokenizer.eos_token`, "
                     "or `eos_token_id` in the model's generation config."
                 )
-            self._cached_end_of_turn = text, (end_ids or self.eos_token_ids)[0]
-        return self._cached_end_of_turn
+            self._end_of_turn = text, (end_ids or self.eos_token_ids)[0]
+        return self._end_of_turn
 
     def _tokenize(self, prompt_texts: list[str], trace_texts: list[str], add_special_tokens: bool) -> list[list[int]]:
         """The ids of each trace as the continuation of its prompt, whose own ids do not change."""
@@ -231,6 +246,8 @@ class DemonstrationTokenizer:
         end = next((i for i, token_id in enumerate(ids) if token_id in self.eos_token_ids), None)
         if end is None:
             return [*ids, end_id]
+        if end == 0:
+            raise ValueError(f"{name} is empty but for its end-of-sequence token. Remove it.")
         if self.tokenizer.decode(ids[end + 1 :], skip_special_tokens=True).strip():
             raise ValueError(
                 f"{name} goes on after its end-of-sequence token {self.tokenizer.decode(ids[end])!r}, where the "
@@ -282,7 +299,22 @@ def tokenize_demonstrations(
     Raises:
         ValueError: If the dataset has neither or both of the columns, or a row of it cannot be used.
     """
-    columns = dataset.column_names or list(next(iter(dataset)))
+    if not isinstance(dataset, Dataset | IterableDataset):
+        hint = " Pass one split of it, such as `dataset['train']`." if isinstance(dataset, dict) else ""
+        raise ValueError(
+            f"`train_dataset` must be a `Dataset` or an `IterableDataset`, got `{type(dataset).__name__}`.{hint}"
+        )
+    first_row = next(iter(dataset), None)
+    if first_row is None:
+        raise ValueError("`train_dataset` is empty. Check the file, the split and the filters that it went through.")
+    columns = dataset.column_names or list(first_row)
+    if "prompt" not in columns:
+        raise ValueError(f"`train_dataset` has no column `prompt`, only {columns}. Rename the one with the problems.")
+    if images := {"image", "images"} & set(columns):
+        raise ValueError(
+            f"`train_dataset` has the column {images.pop()!r}: image prompts are not supported together with "
+            "demonstrations. Remove it, or set `num_demonstrations=0`."
+        )
     present = [name for name in ("demonstrations", "completion") if name in columns]
     if len(present) != 1:
         raise ValueError(

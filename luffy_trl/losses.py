@@ -34,7 +34,8 @@ def policy_shaping(
     | `"log"` | weight * log(r) | `logp` |
     | `"linear_log"` | r + weight * log(r) | `p_logp` |
 
-    The derivative of the regularized shaping, gamma / (r + gamma)^2, is what gives rare tokens their weight.
+    The derivative of the regularized shaping, gamma / (r + gamma)^2, is what gives rare tokens their weight. A ratio
+    that underflows (in float32 that of a token of log-probability < -87) has no gradient.
 
     Args:
         ratio (`torch.Tensor`):
@@ -60,7 +61,7 @@ def policy_shaping(
         if gamma <= 0:
             raise ValueError(f"`gamma` must be positive, got {gamma}. The paper uses 0.1.")
         return ratio / (ratio + gamma)
-    # The functions below have an infinite derivative at 0, where a token of log-probability < -100 underflows to.
+    # The functions below have an infinite derivative at 0, which an underflown ratio is.
     ratio = ratio.clamp_min(torch.finfo(ratio.dtype).tiny)
     if kind == "sqrt":
         return ratio.sqrt()
@@ -168,14 +169,19 @@ def mixed_policy_loss(
         max_token_prob (`float`, *optional*):
             Tokens of either kind that the policy gives a higher probability carry no loss.
         ratio (`torch.Tensor` of shape `(B, T)`, *optional*):
-            The [`importance_ratio`], if another term of the loss uses it too: the sum of both gradients then goes
-            through it once, as in TRL, and is the same to the last bit.
+            The [`importance_ratio`], instead of `behavior_logps`, if another term of the loss uses it too: the sum of
+            both gradients then goes through it once, as in TRL, and is the same to the last bit.
 
     Returns:
         `tuple[torch.Tensor, dict[str, torch.Tensor]]`: The loss of each token, of shape `(B, T)` and 0 where `mask`
         is 0, and detached statistics of the same shape: `coefficient` (what multiplies the advantage, after shaping
         and clamps), `low_clipped` and `high_clipped` (bool; rollout tokens whose gradient was clipped away).
+
+    Raises:
+        ValueError: If both `ratio` and `behavior_logps` are given.
     """
+    if ratio is not None and behavior_logps is not None:
+        raise ValueError("Give `behavior_logps` to `importance_ratio`, or to this function without `ratio`.")
     if advantages.dim() == 1:
         advantages = advantages.unsqueeze(1)
     if ratio is None:
@@ -186,7 +192,10 @@ def mixed_policy_loss(
     if low is not None or high is not None:
         demonstration_coefficient = demonstration_coefficient.clamp(low, high)
     if on_policy_shaping.kind == "regularized":
-        rollout_coefficient = on_policy_shaping(per_token_logps.exp()) / on_policy_shaping(old_per_token_logps.exp())
+        # On demonstration tokens, whose result is not used, 0 / 0 would still make the gradient NaN
+        probs = per_token_logps.masked_fill(demonstration_mask, 0.0).exp()
+        old_probs = old_per_token_logps.masked_fill(demonstration_mask, 0.0).exp()
+        rollout_coefficient = on_policy_shaping(probs) / on_policy_shaping(old_probs)
     else:
         rollout_coefficient = on_policy_shaping(ratio)
     coefficient = torch.where(demonstration_mask, demonstration_coefficient, rollout_coefficient)

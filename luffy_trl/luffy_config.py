@@ -307,8 +307,14 @@ class LuffyConfig(GRPOConfig):
         metadata={"help": "Weight of the cross-entropy of demonstration_loss='sft'."},
     )
 
+    @property
+    def is_plain_grpo(self) -> bool:
+        """Whether this is GRPO without a change, for which the trainer leaves the loss to TRL."""
+        return self.num_demonstrations == 0 and self.ratio_clipping == "on_policy"
+
     def __post_init__(self):
         super().__post_init__()
+        self._check_types()
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
@@ -368,8 +374,7 @@ class LuffyConfig(GRPOConfig):
         if self.demonstration_loss == "sft":
             self._check_sft()
 
-        is_plain_grpo = self.num_demonstrations == 0 and self.ratio_clipping == "on_policy"
-        if is_plain_grpo:
+        if self.is_plain_grpo:
             self._check_plain_grpo()
         else:
             self._check_trl_options()
@@ -384,6 +389,17 @@ class LuffyConfig(GRPOConfig):
 
     def _is_set(self, name: str) -> bool:
         return getattr(self, name) != next(f.default for f in fields(self) if f.name == name)
+
+    def _check_types(self):
+        inherited = {f.name for f in fields(GRPOConfig)}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name in inherited or f.type is str or (value is None and f.default is None):
+                continue
+            is_integer = f.type in (int, int | None)
+            if isinstance(value, bool) or not isinstance(value, int if is_integer else int | float) or value != value:
+                kind = "a whole number" if is_integer else "a number"
+                raise ValueError(f"`{f.name}` must be {kind}, got {value!r}.")
 
     def _check_plain_grpo(self):
         for name in ("on_policy_shaping", "max_token_prob", "rollout_advantage_weight"):
@@ -414,12 +430,19 @@ class LuffyConfig(GRPOConfig):
             )
         for name, (value, reason) in _REFUSED_WITH_DEMONSTRATIONS.items():
             if getattr(self, name) != value:
+                if self.num_demonstrations == 0:
+                    reason = "only plain GRPO has it"
                 raise ValueError(
                     f"`{name}={getattr(self, name)!r}` is not supported with "
                     f"`num_demonstrations={self.num_demonstrations}` and `ratio_clipping={self.ratio_clipping!r}`: "
                     f"{reason}. Set `{name}={value!r}`, or train plain GRPO with `num_demonstrations=0` and "
                     "`ratio_clipping='on_policy'`."
                 )
+        if self.max_completion_length is None:
+            raise ValueError(
+                "`max_completion_length=None` is not supported: it bounds demonstrations, and 'dr_grpo' divides by "
+                "it. Set it to the longest completion in tokens."
+            )
         if self.ratio_clipping == "none" and (self._is_set("epsilon") or self._is_set("epsilon_high")):
             raise ValueError(
                 f"`epsilon={self.epsilon}` and `epsilon_high={self.epsilon_high}` clip nothing with "

@@ -26,6 +26,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoProcessor,
     GenerationConfig,
     PreTrainedModel,
@@ -133,31 +134,31 @@ class LuffyTrainer(GRPOTrainer):
         if not isinstance(args, LuffyConfig):
             raise ValueError(f"`args` must be a `LuffyConfig`, got `{type(args).__name__}`. It takes the same fields.")
 
-        # Everything that can be wrong with the data is found before a model is loaded.
-        if args.num_demonstrations > 0:
+        if not args.is_plain_grpo:
             refused = {"tools": tools, "rollout_func": rollout_func, "environment_factory": environment_factory}
             for name, value in refused.items():
                 if value:
                     raise ValueError(
                         f"`{name}` is not supported together with demonstrations: a trace from the dataset has not "
-                        f"interacted with it. Remove `{name}`, or set `num_demonstrations=0`."
+                        f"interacted with it. Remove `{name}`, or train plain GRPO (`num_demonstrations=0` with "
+                        "`ratio_clipping='on_policy'`)."
                     )
-            if train_dataset is None:
-                raise ValueError("`train_dataset` is required: it holds the prompts and the demonstrations.")
-            revision = (args.model_init_kwargs or {}).get("revision")
+        # Everything that can be wrong with the data is found before a model is loaded.
+        if args.num_demonstrations > 0:
+            load_options = {
+                "revision": (args.model_init_kwargs or {}).get("revision"),
+                "trust_remote_code": args.trust_remote_code,
+            }
             if processing_class is None:
                 processing_class = AutoProcessor.from_pretrained(
-                    model_id,
-                    revision=revision,
-                    truncation_side="left",
-                    padding_side="left",
-                    trust_remote_code=args.trust_remote_code,
+                    model_id, truncation_side="left", padding_side="left", **load_options
                 )
             if isinstance(model, str):
                 try:
-                    generation_config = GenerationConfig.from_pretrained(model_id, revision=revision)
-                except OSError:  # a model without a generation config, whose defaults say nothing about the tokens
-                    generation_config = GenerationConfig()
+                    generation_config = GenerationConfig.from_pretrained(model_id, **load_options)
+                except OSError:  # a model without the file, for which transformers makes one
+                    config = AutoConfig.from_pretrained(model_id, **load_options)
+                    generation_config = GenerationConfig.from_model_config(config)
             else:
                 generation_config = model.generation_config
             train_dataset = _add_demonstrations(train_dataset, processing_class, generation_config, args)
@@ -178,6 +179,12 @@ class LuffyTrainer(GRPOTrainer):
             rollout_func=rollout_func,
             environment_factory=environment_factory,
         )
+        if self._is_vlm and not args.is_plain_grpo:
+            raise ValueError(
+                "`processing_class` is a multimodal processor, and image prompts are supported by plain GRPO only "
+                "(`num_demonstrations=0` with `ratio_clipping='on_policy'`). Pass "
+                "`processing_class=AutoTokenizer.from_pretrained(...)` to train on text."
+            )
         self._loss_options = {
             "shaping": Shaping(
                 args.policy_shaping,
@@ -198,8 +205,7 @@ class LuffyTrainer(GRPOTrainer):
             "max_token_prob": args.max_token_prob,
         }
         # (sum, count) of each metric that is divided when it is logged
-        zero = torch.zeros(2, device=self.accelerator.device)
-        self._sums = defaultdict(lambda: zero)
+        self._sums = defaultdict(lambda: torch.zeros(2, device=self.accelerator.device))
         # State of the generation batch at hand: the demonstration of each local row (or None), and over all processes
         # which rows are demonstrations and what rewards the rows got.
         self._demonstrations: list[Demonstration | None] = []
@@ -264,7 +270,7 @@ class LuffyTrainer(GRPOTrainer):
             for i, name in enumerate(self.reward_func_names):
                 self._logs["rewards"][name].extend(rewards_per_func[:, i].tolist())
             self._logs["advantages"].extend(advantages.tolist())
-            self._log_group_metrics(rewards, demonstration_lengths, all_dropped)
+            self._log_group_metrics(rewards_per_func, rewards, demonstration_lengths, all_dropped)
             if self._is_demonstration.any():
                 self._describe_rollouts_only(rewards, output)
         weights = self.args.demonstration_advantage_weight, self.args.rollout_advantage_weight
@@ -273,7 +279,13 @@ class LuffyTrainer(GRPOTrainer):
             output["advantages"] = output["advantages"].unsqueeze(1) * per_token_weights
         return output
 
-    def _log_group_metrics(self, rewards: torch.Tensor, demonstration_lengths: torch.Tensor, dropped: torch.Tensor):
+    def _log_group_metrics(
+        self,
+        rewards_per_func: torch.Tensor,
+        rewards: torch.Tensor,
+        demonstration_lengths: torch.Tensor,
+        dropped: torch.Tensor,
+    ):
         """Metrics of the generation batch that every process can compute from what has been gathered anyway."""
         metrics = self._metrics["train"]
         metrics["demonstrations/dropped"].append(dropped.sum().item())
@@ -282,25 +294,26 @@ class LuffyTrainer(GRPOTrainer):
             metrics["demonstrations/length"].append(
                 demonstration_lengths[self._is_demonstration].float().mean().item()
             )
-        # A group is solved where all of its rollouts earn what one perfect completion earns (1 per reward function).
-        # Rows that no reward function scores have no say.
-        rollout_groups = rewards.masked_fill(self._is_demonstration, torch.nan).view(-1, self.num_generations)
-        is_silent = rollout_groups.isnan()
-        full_reward = self.reward_weights.sum().item()
-        scored_groups = rollout_groups[~is_silent.all(dim=1)]
-        if len(scored_groups) > 0:
-            solve_all = (scored_groups.nan_to_num(full_reward) >= full_reward).all(dim=1)
-            solve_none = (scored_groups.nan_to_num(0.0) <= 0).all(dim=1)
-            metrics["on_policy/solve_all"].append(solve_all.float().mean().item())
-            metrics["on_policy/solve_none"].append(solve_none.float().mean().item())
+        # A rollout solves its problem where it earns 1 from each reward function that applies to it. Rows that no
+        # function scores have no say.
+        full_rewards = (~rewards_per_func.isnan() * self.reward_weights.to(rewards.device)).sum(dim=1)
+        is_silent = (self._is_demonstration | rewards.isnan()).view(-1, self.num_generations)
+        has_solved = (rewards >= full_rewards).view(-1, self.num_generations)
+        has_earned = (rewards > 0).view(-1, self.num_generations)
+        is_scored = ~is_silent.all(dim=1)
+        if is_scored.any():
+            metrics["on_policy/solve_all"].append((has_solved | is_silent).all(dim=1)[is_scored].float().mean().item())
+            metrics["on_policy/solve_none"].append(
+                (~has_earned | is_silent).all(dim=1)[is_scored].float().mean().item()
+            )
 
     def _describe_rollouts_only(self, rewards: torch.Tensor, output: dict[str, torch.Tensor | Any]):
         """Replaces the metrics of TRL for which it is not enough that demonstrations have the reward NaN."""
         metrics = self._metrics["train"]
         if self.scale_rewards != "batch":
-            rollout_rewards = rewards.masked_fill(self._is_demonstration, torch.nan)
-            std = nanstd(rollout_rewards.view(-1, self.num_generations), dim=1)
-            std = std.nan_to_num(0.0)  # a single rollout does not differ from itself
+            groups = rewards.masked_fill(self._is_demonstration, torch.nan).view(-1, self.num_generations)
+            is_single = (~groups.isnan()).sum(dim=1) == 1  # a single rollout does not differ from itself
+            std = nanstd(groups, dim=1).masked_fill(is_single, 0.0)
             metrics["frac_reward_zero_std"][-1] = torch.isclose(std, torch.zeros_like(std)).float().mean().item()
 
         if "importance_sampling_ratio" in output:
@@ -350,12 +363,13 @@ class LuffyTrainer(GRPOTrainer):
         sampled = [i for i in range(len(prompt_ids)) if shown[i] is None or not shown[i].is_complete]
         sampled_prompt_ids = [prompt_ids[i] + (shown[i].ids if shown[i] else []) for i in sampled]
         if self.use_vllm:
-            sampled_ids, sampled_logps = self._generate_rollouts_with_vllm(sampled_prompt_ids)
+            sampled_ids, sampled_logps = self._generate_rollouts_with_vllm(sampled_prompt_ids, prompt_ids[0])
         elif sampled:
             sampled_ids, sampled_logps = super()._generate_single_turn(sampled_prompt_ids, None, {}, num_generations)
         else:
             sampled_ids, sampled_logps = [], None
-            if self.is_fsdp_enabled or self.accelerator.state.zero_stage == 3:
+            plugin = self.accelerator.state.deepspeed_plugin
+            if self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
                 # Sharded models generate together: a process without rollouts has to take part, or the others hang.
                 super()._generate_single_turn(prompt_ids[:1], None, {}, num_generations)
 
@@ -369,13 +383,16 @@ class LuffyTrainer(GRPOTrainer):
                 logps[i] += sampled_logps[number][:budget]
         return completion_ids, logps if self.use_vllm else None
 
-    def _generate_rollouts_with_vllm(self, prompt_ids: list[list[int]]) -> tuple[list[list[int]], list[list[float]]]:
+    def _generate_rollouts_with_vllm(
+        self, prompt_ids: list[list[int]], spare_prompt_ids: list[int]
+    ) -> tuple[list[list[int]], list[list[float]]]:
         """
         Samples one completion for each prompt where processes hold different numbers of prompts.
 
         TRL's vLLM client gives each process the slice of completions that it would own if all of them held as many
         prompts, in runs of `num_generations`. So one process passes the prompts of all and the others none, and then
-        each takes its own.
+        each takes its own. Where a colocated engine has nothing to sample, it samples the spare prompt for nothing:
+        only after generating does it go to sleep and meet the barriers that other engines wait at.
         """
         if self.state.global_step != self._last_loaded_step:  # all processes, those without a rollout too
             with profiling_context(self, "sync_weights"):
@@ -384,7 +401,8 @@ class LuffyTrainer(GRPOTrainer):
 
         is_server = self.vllm_mode == "server"
         if not is_server and self.vllm_generation.tensor_parallel_size == 1:
-            return super()._generate_single_turn(prompt_ids, None, {}, 1) if prompt_ids else ([], [])
+            result = super()._generate_single_turn(prompt_ids or [spare_prompt_ids], None, {}, 1)
+            return result if prompt_ids else ([], [])
 
         group = None if is_server else self.vllm_generation.tp_group
         if is_server:
@@ -394,9 +412,7 @@ class LuffyTrainer(GRPOTrainer):
             prompts_of_rank = [None] * self.vllm_generation.tensor_parallel_size
             torch.distributed.all_gather_object(prompts_of_rank, prompt_ids, group=group)
             rank = torch.distributed.get_rank(group=group)
-        all_prompts = [ids for prompts in prompts_of_rank for ids in prompts]
-        if not all_prompts:
-            return [], []
+        all_prompts = [ids for prompts in prompts_of_rank for ids in prompts] or [spare_prompt_ids]
 
         # Where every group has as many rollouts, the server samples them from one request per prompt.
         run = self.num_generations - self.args.num_demonstrations
@@ -416,11 +432,13 @@ class LuffyTrainer(GRPOTrainer):
         return tuple(values[start : start + len(prompt_ids)] for values in result)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        # TRL makes its metrics from what this returns, and they skip NaN: so they describe rollouts alone. The
+        # advantages that it makes too are replaced by those of `group_advantages`, from the rewards kept here.
         self._rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         return self._rewards_per_func.masked_fill(self._is_demonstration.unsqueeze(1), torch.nan)
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor | Any]) -> torch.Tensor:
-        if self.args.num_demonstrations == 0 and self.args.ratio_clipping == "on_policy":
+        if self.args.is_plain_grpo:
             return super()._compute_loss(model, inputs)  # plain GRPO, with every loss and option that TRL has
 
         mode = "train" if self.model.training else "eval"
@@ -575,15 +593,7 @@ def _add_demonstrations(
     generation_config: GenerationConfig,
     args: LuffyConfig,
 ) -> Dataset | IterableDataset:
-    """Checks the dataset and the tokenizer, and tokenizes the traces."""
-    columns = train_dataset.column_names or list(next(iter(train_dataset)))
-    if "prompt" not in columns:
-        raise ValueError(f"`train_dataset` has no column `prompt`, only {columns}. Rename the one with the problems.")
-    if images := {"image", "images"} & set(columns):
-        raise ValueError(
-            f"`train_dataset` has the column {images.pop()!r}: image prompts are not supported together with "
-            "demonstrations. Remove it, or set `num_demonstrations=0`."
-        )
+    """Checks the tokenizer, and tokenizes the traces."""
     if isinstance(processing_class, ProcessorMixin):
         raise ValueError(
             "`processing_class` is a multimodal processor, and image prompts are not supported together with "

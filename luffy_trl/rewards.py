@@ -8,7 +8,9 @@ from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, veri
 
 
 _LATEX = (LatexExtractionConfig(boxed_match_priority=0),)  # LaTeX only, and what is boxed before anything else
-_UNESCAPED_DOLLAR = re.compile(r"(?<!\\)\$")
+_LATEX_OR_TEXT = (LatexExtractionConfig(), ExprExtractionConfig())
+_ANCHOR = re.compile(r"\\boxed|(?<!\\)\$")
+_PROSE = re.compile(r"####|(?:^|\s)[A-Za-z]{3,}(?=[\s.,:;]|$)")
 
 
 def math_verify_reward(
@@ -70,7 +72,7 @@ def math_verify_reward(
 
     rewards = []
     for completion, gold in zip(completions, golds, strict=True):
-        text = completion if isinstance(completion, str) else completion[-1]["content"]
+        text = completion if isinstance(completion, str) else completion[-1].get("content") or ""
         parsed_gold = _parse_gold(gold, timeout)
         if not parsed_gold:
             rewards.append(None)
@@ -90,8 +92,10 @@ def _parse_gold(gold: str | int | float | None, timeout: int | None) -> list:
     if gold is None:
         return []
     gold = str(gold)
-    if "\\boxed" not in gold and not _UNESCAPED_DOLLAR.search(gold):
-        # A bare expression, which math-verify reads only inside an anchor
-        if parsed := parse(rf"\boxed{{{gold}}}", _LATEX, parsing_timeout=timeout):
-            return parsed
-    return parse(gold, (LatexExtractionConfig(), ExprExtractionConfig()), parsing_timeout=timeout)
+    if _ANCHOR.search(gold):
+        return parse(gold, _LATEX_OR_TEXT, parsing_timeout=timeout)
+    # math-verify reads a bare expression only inside an anchor, and all of a sentence there as an expression
+    parsed = parse(rf"\boxed{{{gold}}}", _LATEX, parsing_timeout=timeout)
+    if _PROSE.search(gold):
+        return parse(gold, _LATEX_OR_TEXT, parsing_timeout=timeout) or parsed
+    return parsed or parse(gold, _LATEX_OR_TEXT, parsing_timeout=timeout)

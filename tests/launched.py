@@ -93,21 +93,20 @@ def gradients(output_dir):
 
 
 def metrics(output_dir):
-    """One row per process and groups of 2: one process holds nothing but demonstrations, the other none."""
+    """Two rows for each process: one process holds the two demonstrations of a group, the other its two rollouts."""
     trainer = LuffyTrainer(
         str(output_dir / "model"),
         tiny.is_demonstration_text,
         tiny.make_args(
             output_dir / "out",
-            num_generations=2,
-            per_device_train_batch_size=1,
-            gradient_accumulation_steps=2,
+            num_demonstrations=2,
+            per_device_train_batch_size=2,
             max_steps=2,
             beta=0.1,
             entropy_coef=0.01,
             log_completions=True,
         ),
-        Dataset.from_list(tiny.addition_rows(8)),
+        Dataset.from_list(tiny.addition_rows(8, lambda i: [f"<think>\n{i} and 1</think>A{j}" for j in (1, 2)])),
     )
     trainer.train()
     return {"log_history": trainer.state.log_history, "source": list(trainer._logs["extra"]["source"])}

@@ -4,7 +4,7 @@
 
 import pytest
 import tiny
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 from transformers import Qwen2Tokenizer
 
 from luffy_trl import LuffyTrainer
@@ -176,6 +176,68 @@ def test_a_truncated_trace_trains(tmp_path):
     assert trainer.state.log_history[0]["demonstrations/length"] == 5
 
 
+def test_the_same_trace_is_shown_once():
+    rows = [{"prompt": "1", "demonstrations": ["2", "3", "2" + EOS], "demonstration_logprobs": [[-1, -2]] * 3}]
+    dataset = tokenized(rows)
+    assert texts(dataset) == [["2" + EOS, "3" + EOS]]
+    assert len(dataset["demonstration_logps"][0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (
+            None,
+            r"row 0: `demonstrations\[0\]` cannot be rendered after its prompt: .*Give the tokenizer a chat template",
+        ),
+        (
+            "{% for m in messages %}{% if m.role != 'user' %}{{ raise_exception('Only user turns') }}{% endif %}"
+            "{{ m.content }}{% endfor %}",
+            r"row 0: `demonstrations\[0\]` cannot be rendered after its prompt: Only user turns",
+        ),
+    ],
+)
+def test_chat_templates_that_do_not_render(template, message):
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=message):
+        tokenized([{"prompt": user("1"), "demonstrations": ["2"]}], tokenizer)
+
+
+def test_a_template_that_hides_assistant_turns():
+    template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    dataset = tokenized([{"prompt": user("1"), "demonstrations": ["2"]}], tiny.make_tokenizer(template))
+    assert texts(dataset) == [["2" + EOS]]
+
+
+@pytest.mark.parametrize("traces", [["2"], []])
+@pytest.mark.parametrize("prompt", [None, ""])
+def test_a_row_without_a_prompt(prompt, traces):
+    with pytest.raises(ValueError, match="row 1: `prompt` must be a string or a list of chat messages, got"):
+        tokenized([GOOD, {"prompt": prompt, "demonstrations": traces}])
+
+
+@pytest.mark.parametrize("prompt", [5, ["a"], []])
+def test_prompts_of_the_wrong_type(prompt):
+    with pytest.raises(ValueError, match="row 0: `prompt` must be a string or a list of chat messages, got"):
+        tokenized([{"prompt": prompt, "demonstrations": ["2"]}])
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        (DatasetDict({"train": Dataset.from_list([{"prompt": "1"}])}), "got `DatasetDict`. Pass one split of it"),
+        ([{"prompt": "1", "demonstrations": ["2"]}], "must be a `Dataset` or an `IterableDataset`, got `list`"),
+        (None, "must be a `Dataset` or an `IterableDataset`, got `NoneType`"),
+        (Dataset.from_list([]), "`train_dataset` is empty"),
+        (IterableDataset.from_generator(lambda: iter([])), "`train_dataset` is empty"),
+    ],
+)
+def test_things_that_are_no_dataset(dataset, message):
+    with pytest.raises(ValueError, match=message):
+        tokenize_demonstrations(dataset, tiny.make_tokenizer(), [1], 64)
+
+
 GOOD = {"prompt": "1+1=", "demonstrations": ["2"]}
 
 
@@ -184,6 +246,10 @@ GOOD = {"prompt": "1+1=", "demonstrations": ["2"]}
     [
         ({"prompt": "1", "demonstrations": [""]}, r"row 1: `demonstrations\[0\]` is empty. Remove it"),
         ({"prompt": "1", "demonstrations": ["2", " \n"]}, r"row 1: `demonstrations\[1\]` is empty"),
+        (
+            {"prompt": "1", "demonstrations": [EOS]},
+            r"row 1: `demonstrations\[0\]` is empty but for its end-of-sequence",
+        ),
         ({"prompt": "1<think>\n", "demonstrations": ["<think>\n"]}, r"row 1: `demonstrations\[0\]` is empty"),
         ({"prompt": "1", "demonstrations": ["2", None]}, r"row 1: `demonstrations\[1\]` must be a string, got 'None'"),
         (

@@ -114,6 +114,27 @@ def test_policy_shaping_refuses_what_it_does_not_know():
         policy_shaping(torch.ones(1), "regularized", gamma=0)
 
 
+def test_an_improbable_demonstration_token_beside_shaped_rollouts_has_a_finite_gradient():
+    logps = torch.tensor([[-110.0, -1.0]], requires_grad=True)
+    per_token_loss, _ = mixed_policy_loss(
+        logps,
+        torch.tensor([[torch.nan, -1.0]]),  # not read on demonstration tokens
+        torch.tensor([1.0]),
+        torch.ones(1, 2),
+        torch.tensor([[True, False]]),
+        on_policy_shaping=Shaping("regularized"),
+    )
+    per_token_loss.sum().backward()
+    # d/dlogp of f(pi) / f(pi_old) at pi_old = pi is gamma / (pi + gamma)
+    assert logps.grad[0].tolist() == pytest.approx([0.0, -0.1 / (math.exp(-1) + 0.1)], abs=1e-6)
+
+
+def test_a_ratio_is_not_given_twice():
+    zeros, mask = torch.zeros(1, 1), torch.ones(1, 1)
+    with pytest.raises(ValueError, match="Give `behavior_logps` to `importance_ratio`"):
+        mixed_policy_loss(zeros, zeros, zeros, mask, mask.bool(), behavior_logps=zeros, ratio=mask)
+
+
 @pytest.mark.parametrize("advantage", [-0.75, 0.25])
 @pytest.mark.parametrize("prob", [0.02, 0.3, 0.95])
 def test_gradient_of_a_demonstration_token(prob, advantage):

@@ -570,6 +570,36 @@ def test_solved_groups(model_path, tmp_path):
     assert log["reward"] == 0.5
 
 
+def test_reward_functions_that_do_not_apply(model_path, tmp_path):
+    """One function scores one group alone, the other nothing at all: neither makes a group look worse or alike."""
+
+    def first_group(prompts, completions, **kwargs):
+        return [1.0 if prompt == "0+1=" else None for prompt in prompts]
+
+    def never(completions, **kwargs):
+        return [None] * len(completions)
+
+    trainer = LuffyTrainer(
+        model_path,
+        [first_group, never],
+        tiny.make_args(tmp_path, gradient_accumulation_steps=2),
+        Dataset.from_list(tiny.addition_rows(2)),
+    )
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["reward"] == log["demonstrations/reward"] == 1
+    assert (log["on_policy/solve_all"], log["on_policy/solve_none"]) == (1, 0)
+    assert log["frac_reward_zero_std"] == 0.5  # the group that nothing scores has no standard deviation
+    assert log["grad_norm"] == 0
+
+
+def test_a_single_rollout_has_no_spread(model_path, tmp_path):
+    args = tiny.make_args(tmp_path, num_demonstrations=3)
+    rows = tiny.addition_rows(1, lambda i: ["A", "B", "7"])
+    trainer = train(LuffyTrainer(model_path, tiny.share_of_digits, args, Dataset.from_list(rows)))
+    assert trainer.state.log_history[0]["frac_reward_zero_std"] == 1
+
+
 def test_dropped_traces_are_counted(model_path, tmp_path):
     trainer = LuffyTrainer(
         model_path,
@@ -584,7 +614,7 @@ def test_dropped_traces_are_counted(model_path, tmp_path):
 
 
 def test_metrics_of_processes_without_rollouts(tmp_path):
-    """Groups of 2 over two processes of one row: rank 0 sees demonstrations alone, rank 1 rollouts alone."""
+    """Rank 0 sees demonstrations alone, rank 1 rollouts alone."""
     first, second = tiny.launch("metrics", tmp_path)
     for log in first["log_history"][:-1]:
         assert all(value is not None and not math.isnan(value) for value in log.values())
@@ -593,7 +623,7 @@ def test_metrics_of_processes_without_rollouts(tmp_path):
         assert log["completions/max_length"] <= 16
         assert 0 < log["demonstrations/prob"] < 1
         assert log["entropy"] > 0
-    assert first["source"] == ["demonstration", "rollout"] * 2
+    assert first["source"] == ["demonstration", "demonstration", "rollout", "rollout"]
 
 
 # ---------------------------------------------------------------------------------------------- what TRL users expect
@@ -708,6 +738,27 @@ def test_refused_arguments(tmp_path, name):
         LuffyTrainer(
             "no/such-model", tiny.share_of_digits, tiny.make_args(tmp_path), Dataset.from_list([]), **{name: value}
         )
+
+
+def test_refused_arguments_without_clipping_and_demonstrations(tmp_path):
+    """The loss without clipping knows nothing of tool masks."""
+    args = tiny.make_args(tmp_path, num_demonstrations=0)
+    with pytest.raises(ValueError, match="`rollout_func` is not supported.*or train plain GRPO"):
+        LuffyTrainer("no/such-model", tiny.share_of_digits, args, rollout_func=lambda prompts, trainer: {})
+
+
+def test_the_end_of_turn_without_a_generation_config(tmp_path):
+    """`config.json` says then what ends generation, as it does for transformers."""
+    path = tiny.save_tiny_model(tmp_path / "model")
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(path)
+    (tmp_path / "model" / "generation_config.json").unlink()
+    rows = [{"prompt": [{"role": "user", "content": "1"}], "demonstrations": ["2"]}]
+    trainer = LuffyTrainer(path, tiny.share_of_digits, tiny.make_args(tmp_path / "out"), Dataset.from_list(rows))
+    end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert trainer.train_dataset[0]["demonstration_ids"][0][-1] == end_of_turn
+    assert trainer.eos_token_ids == [tokenizer.eos_token_id, end_of_turn]
 
 
 def test_arguments_of_another_trainer_are_refused(tmp_path):

@@ -30,6 +30,12 @@ from luffy_trl.rewards import math_verify_reward
         ("", "4", 0.0),
         (r"\boxed{4}", 4, 1.0),
         (r"\boxed{4}", None, None),
+        (r"\boxed{72}", "#### 72", 1.0),
+        (r"\boxed{72}", "The answer is 72.", 1.0),
+        (r"\boxed{72}", "72 clips", 1.0),
+        (r"\boxed{\text{Evelyn}}", "Evelyn", 1.0),
+        (r"\boxed{2ab+3}", "2ab+3", 1.0),
+        (r"\boxed{3}", "2ab+3", 0.0),
         (r"\boxed{4}", "", None),
     ],
 )
@@ -61,6 +67,12 @@ def test_without_require_think_the_whole_text_is_judged():
 
 def test_the_answer_goes_before_the_solution():
     assert math_verify_reward([r"\boxed{4}"] * 2, solution=["5", "4"], answer=["4", None]) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("require_think", [False, True])
+def test_a_message_without_content(require_think):
+    completion = [{"role": "assistant", "content": None}]
+    assert math_verify_reward([completion], answer=["4"], require_think=require_think) == [0.0]
 
 
 def test_off_the_main_thread():
