@@ -207,8 +207,9 @@ class LuffyTrainer(GRPOTrainer):
         # (sum, count) of each metric that is divided when it is logged
         self._sums = defaultdict(lambda: torch.zeros(2, device=self.accelerator.device))
         # State of the generation batch at hand: the demonstration of each local row (or None), and over all processes
-        # which rows are demonstrations and what rewards the rows got.
+        # how many demonstration tokens the rows have, which rows have any, and what rewards the rows got.
         self._demonstrations: list[Demonstration | None] = []
+        self._demonstration_lengths: torch.Tensor | None = None
         self._is_demonstration: torch.Tensor | None = None
         self._rewards_per_func: torch.Tensor | None = None
 
@@ -219,12 +220,33 @@ class LuffyTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor | Any]:
         mode = "train" if self.model.training else "eval"
         device = self.accelerator.device
-        use_demonstrations = mode == "train" and self.args.num_demonstrations > 0
+        self._assign_demonstrations(inputs, is_used=mode == "train" and self.args.num_demonstrations > 0)
+        inputs = [{key: value for key, value in row.items() if key not in DEMONSTRATION_COLUMNS} for row in inputs]
+        output = super()._generate_and_score_completions(inputs)
 
-        first_row = self.accelerator.process_index * len(inputs)  # groups span processes
+        lengths = torch.tensor([len(shown.ids) if shown else 0 for shown in self._demonstrations], device=device)
+        positions = torch.arange(output["completion_ids"].size(1), device=device)
+        output["demonstration_mask"] = positions < lengths.unsqueeze(1)
+        output["num_demonstration_tokens"] = self._demonstration_lengths.sum()
+        if any(shown and shown.logps for shown in self._demonstrations):
+            output["behavior_logps"] = torch.zeros_like(output["completion_ids"], dtype=torch.float32)
+            for i, shown in enumerate(self._demonstrations):
+                if shown:
+                    output["behavior_logps"][i, : len(shown.logps)] = torch.tensor(shown.logps, device=device)
+        if mode == "train" and self.args.num_demonstrations > 0:
+            self._replace_advantages(output)
+        weights = self.args.demonstration_advantage_weight, self.args.rollout_advantage_weight
+        if mode == "train" and weights != (1.0, 1.0):
+            per_token_weights = torch.where(output["demonstration_mask"], *weights)
+            output["advantages"] = output["advantages"].unsqueeze(1) * per_token_weights
+        return output
+
+    def _assign_demonstrations(self, inputs: list[dict[str, Any]], is_used: bool):
+        """Decides for each row of the generation batch whether, and what, it shows of a trace."""
         self._demonstrations = [None] * len(inputs)
         dropped = [0] * len(inputs)
-        if use_demonstrations:
+        if is_used:
+            first_row = self.accelerator.process_index * len(inputs)  # groups span processes
             for i, row in enumerate(inputs):
                 slot = (first_row + i) % self.num_generations
                 chosen = choose_demonstrations(row, self.args, self.state.global_step)
@@ -232,71 +254,52 @@ class LuffyTrainer(GRPOTrainer):
                     self._demonstrations[i] = chosen[slot]
                 if slot == 0:
                     dropped[i] = row["demonstrations_dropped"]
+            self._metrics["train"]["demonstrations/dropped"].append(
+                self.accelerator.gather(torch.tensor(dropped, device=self.accelerator.device)).sum().item()
+            )
         lengths = [len(shown.ids) if shown else 0 for shown in self._demonstrations]
-        demonstration_lengths, all_dropped = self.accelerator.gather(torch.tensor([lengths, dropped]).T.to(device)).T
-        self._is_demonstration = demonstration_lengths > 0
+        self._demonstration_lengths = self.accelerator.gather(torch.tensor(lengths, device=self.accelerator.device))
+        self._is_demonstration = self._demonstration_lengths > 0
         sources = [
             "rollout" if shown is None else "demonstration" if shown.is_complete else "prefix"
             for shown in self._demonstrations
         ]
         self._log_completion_extra("source", sources)
 
-        inputs = [{key: value for key, value in row.items() if key not in DEMONSTRATION_COLUMNS} for row in inputs]
-        output = super()._generate_and_score_completions(inputs)
+    def _replace_advantages(self, output: dict[str, torch.Tensor | Any]):
+        """Gives the rows of mixed groups their advantages, and the logs what TRL was not shown."""
+        rewards_per_func = self._rewards_per_func
+        rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func.device).unsqueeze(0)).nansum(dim=1)
+        rewards[torch.isnan(rewards_per_func).all(dim=1)] = torch.nan
+        advantages = group_advantages(
+            rewards,
+            self.num_generations,
+            self._is_demonstration,
+            baseline=self.args.advantage_baseline,
+            scale=self.scale_rewards,
+        )
+        num_rows = len(self._demonstrations)
+        first_row = self.accelerator.process_index * num_rows
+        output["advantages"] = advantages[first_row : first_row + num_rows]
 
-        positions = torch.arange(output["completion_ids"].size(1), device=device)
-        output["demonstration_mask"] = positions < torch.tensor(lengths, device=device).unsqueeze(1)
-        output["num_demonstration_tokens"] = demonstration_lengths.sum()
-        if any(shown and shown.logps for shown in self._demonstrations):
-            behavior_logps = torch.zeros(output["completion_ids"].shape)
-            for i, shown in enumerate(self._demonstrations):
-                if shown:
-                    behavior_logps[i, : lengths[i]] = torch.tensor(shown.logps)
-            output["behavior_logps"] = behavior_logps.to(device)
-        if use_demonstrations:
-            rewards_per_func = self._rewards_per_func
-            rewards = (rewards_per_func * self.reward_weights.to(device).unsqueeze(0)).nansum(dim=1)
-            rewards[torch.isnan(rewards_per_func).all(dim=1)] = torch.nan
-            advantages = group_advantages(
-                rewards,
-                self.num_generations,
-                self._is_demonstration,
-                baseline=self.args.advantage_baseline,
-                scale=self.scale_rewards,
-            )
-            output["advantages"] = advantages[first_row : first_row + len(inputs)]
+        # The deques of the completions table hold exactly one generation batch, so this replaces what TRL put there.
+        for i, name in enumerate(self.reward_func_names):
+            self._logs["rewards"][name].extend(rewards_per_func[:, i].tolist())
+        self._logs["advantages"].extend(advantages.tolist())
+        self._log_group_metrics(rewards)
+        if self._is_demonstration.any():
+            self._describe_rollouts_only(rewards, output)
 
-            # The table gets the rewards that TRL was not shown; the deques hold exactly one generation batch.
-            for i, name in enumerate(self.reward_func_names):
-                self._logs["rewards"][name].extend(rewards_per_func[:, i].tolist())
-            self._logs["advantages"].extend(advantages.tolist())
-            self._log_group_metrics(rewards_per_func, rewards, demonstration_lengths, all_dropped)
-            if self._is_demonstration.any():
-                self._describe_rollouts_only(rewards, output)
-        weights = self.args.demonstration_advantage_weight, self.args.rollout_advantage_weight
-        if mode == "train" and weights != (1.0, 1.0):
-            per_token_weights = torch.where(output["demonstration_mask"], *weights)
-            output["advantages"] = output["advantages"].unsqueeze(1) * per_token_weights
-        return output
-
-    def _log_group_metrics(
-        self,
-        rewards_per_func: torch.Tensor,
-        rewards: torch.Tensor,
-        demonstration_lengths: torch.Tensor,
-        dropped: torch.Tensor,
-    ):
+    def _log_group_metrics(self, rewards: torch.Tensor):
         """Metrics of the generation batch that every process can compute from what has been gathered anyway."""
         metrics = self._metrics["train"]
-        metrics["demonstrations/dropped"].append(dropped.sum().item())
         if self._is_demonstration.any():
             metrics["demonstrations/reward"].append(rewards[self._is_demonstration].nanmean().item())
-            metrics["demonstrations/length"].append(
-                demonstration_lengths[self._is_demonstration].float().mean().item()
-            )
+            lengths = self._demonstration_lengths[self._is_demonstration]
+            metrics["demonstrations/length"].append(lengths.float().mean().item())
         # A rollout solves its problem where it earns 1 from each reward function that applies to it. Rows that no
         # function scores have no say.
-        full_rewards = (~rewards_per_func.isnan() * self.reward_weights.to(rewards.device)).sum(dim=1)
+        full_rewards = (~self._rewards_per_func.isnan() * self.reward_weights.to(rewards.device)).sum(dim=1)
         is_silent = (self._is_demonstration | rewards.isnan()).view(-1, self.num_generations)
         has_solved = (rewards >= full_rewards).view(-1, self.num_generations)
         has_earned = (rewards > 0).view(-1, self.num_generations)
