@@ -134,7 +134,9 @@ class LuffyConfig(GRPOConfig):
         prefix_ratio_min (`float`, *optional*, defaults to `1.0`):
             Least share of a trace that is shown, between 0 and 1 (`min_prefix_ratio` of the released code). Of a trace
             that is not shown whole, the policy continues the prefix: the row holds demonstration tokens, then rollout
-            tokens, of at most `max_completion_length` together.
+            tokens, of at most `max_completion_length` together. A vLLM server needs a `--max-model-len` of the longest
+            prompt plus twice `max_completion_length` then: a request is the prompt and the prefix, and asks for
+            `max_completion_length` tokens, of which the row keeps what fits.
         prefix_ratio_max (`float`, *optional*, defaults to `1.0`):
             Greatest share of a trace that is shown (`max_prefix_ratio` of the released code).
         prefix_schedule (`str`, *optional*, defaults to `"random"`):
@@ -438,6 +440,11 @@ class LuffyConfig(GRPOConfig):
                     f"{reason}. Set `{name}={value!r}`, or train plain GRPO with `num_demonstrations=0` and "
                     "`ratio_clipping='on_policy'`."
                 )
+        if self.use_vllm and self.num_demonstrations > 0 and "seed" in (self.generation_kwargs or {}):
+            raise ValueError(
+                "A `seed` in `generation_kwargs` would make all rollouts of a prompt alike, as with demonstrations "
+                "vLLM gets them as requests of their own. Remove it; `seed` of the configuration seeds the rest."
+            )
         if self.max_completion_length is None:
             raise ValueError(
                 "`max_completion_length=None` is not supported: it bounds demonstrations, and 'dr_grpo' divides by "

@@ -483,7 +483,9 @@ class LuffyTrainer(GRPOTrainer):
             **self._loss_options,
         )
         if "importance_sampling_ratio" in inputs:
-            per_token_loss = per_token_loss * inputs["importance_sampling_ratio"]
+            # A ratio per sequence speaks of what was sampled, and not of the prefix that it continues
+            corrected_loss = per_token_loss * inputs["importance_sampling_ratio"]
+            per_token_loss = torch.where(demonstration_mask, per_token_loss, corrected_loss)
         if mode == "train":
             demonstration_loss = -per_token_logps if is_sft else per_token_loss
             self._sum("demonstrations/loss", demonstration_loss, demonstration_mask)

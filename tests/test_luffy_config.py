@@ -61,6 +61,10 @@ def test_only_the_algorithms_defaults_differ_from_grpo():
             {"num_demonstrations": 0, "ratio_clipping": "on_policy", "max_token_prob": 0.9},
             "`max_token_prob=0.9` has no effect on plain GRPO",
         ),
+        (
+            {"use_vllm": True, "generation_kwargs": {"seed": 1}},
+            "A `seed` in `generation_kwargs` would make all rollouts",
+        ),
         ({"num_demonstrations": "1"}, "`num_demonstrations` must be a whole number, got '1'"),
         ({"num_demonstrations": 1.5}, "`num_demonstrations` must be a whole number, got 1.5"),
         ({"policy_shaping_gamma": "0.1"}, "`policy_shaping_gamma` must be a number, got '0.1'"),

@@ -442,6 +442,43 @@ def test_partial_demonstrations(model_path, tmp_path):
     assert table.source.tolist() == ["prefix", "prefix", "rollout", "rollout"]
 
 
+@pytest.mark.parametrize("shape", [(1,), (16,)])
+def test_the_sampler_correction_leaves_demonstration_tokens_alone(model_path, tmp_path, shape):
+    """vLLM's importance-sampling ratio, made up here as there is no vLLM: of a sequence or of a token."""
+    args = tiny.make_args(tmp_path, prefix_ratio_min=0.5, prefix_ratio_max=0.5)
+    trainer = LuffyTrainer(
+        model_path, tiny.share_of_digits, args, Dataset.from_list(tiny.addition_rows(1, lambda i: ["ABCDEF7"]))
+    )
+    ratio = torch.tensor([0.0, 0.5, 2.0, 1.0]).view(4, 1).repeat(1, *shape)
+    compute_loss = trainer._compute_loss
+    losses = []
+
+    def corrected(model, inputs):
+        loss = compute_loss(
+            model, {**inputs, "importance_sampling_ratio": ratio[:, : inputs["completion_ids"].size(1)]}
+        )
+        mask, is_demonstration = inputs["completion_mask"], inputs["demonstration_mask"]
+        with torch.no_grad():
+            logps, _, _ = trainer._get_per_token_logps_and_entropies(
+                model,
+                torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1),
+                torch.cat([inputs["prompt_mask"], mask], 1),
+                mask.size(1),
+            )
+        prob = logps.exp()
+        coefficient = torch.where(is_demonstration, prob / (prob + 0.1), ratio[:, :1])
+        expected = -(coefficient * inputs["advantages"].unsqueeze(1) * mask).sum() / (4 * 16)
+        losses.append((loss.item(), expected.item(), int(is_demonstration.sum())))
+        return loss
+
+    trainer._compute_loss = corrected
+    # rows are shuffled before the loss; in this order the ratios belong to a row each all the same
+    trainer.train()
+    ((loss, expected, num_demonstration_tokens),) = losses
+    assert num_demonstration_tokens == 4
+    assert loss == pytest.approx(expected, abs=1e-7) and loss != 0
+
+
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_rl_with_sft_loss(model_path, tmp_path, loss_type):
     """The gradient is that of GRPO on the rollouts plus that of the mean cross-entropy of demonstration tokens."""
