@@ -67,7 +67,7 @@ class WarmUpConfig:
         learning_rate (`float`, *optional*, defaults to `3e-3`): Peak learning rate; it decays linearly.
         mixture (`tuple[float, float, float, float]`, *optional*, defaults to `(0.3, 0.1, 0.25, 0.35)`):
             Shares of solved easy problems, first steps, abandoned problems and excerpts.
-        give_up_probability (`float`, *optional*, defaults to `0.998`):
+        give_up_probability (`float`, *optional*, defaults to `0.9999`):
             Probability that an abandoned problem ends after a line, from the second line on. The higher it is, the
             rarer a lucky rollout; but a demonstration needs some probability left to raise.
     """
@@ -77,7 +77,7 @@ class WarmUpConfig:
     tokens_per_batch: int = 1200
     learning_rate: float = 3e-3
     mixture: tuple[float, float, float, float] = (0.3, 0.1, 0.25, 0.35)
-    give_up_probability: float = 0.998
+    give_up_probability: float = 0.9999
 
 
 def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
