@@ -39,24 +39,25 @@ def record_micro_batches(trainer):
 
 
 def count(output_dir):
-    """Groups of 4 with 1 and 2 demonstrations, split across processes that hold 2 rows each."""
+    """Groups of 4 with 1 and 2 demonstrations; a process holds half a group, or a whole one."""
     results = {}
     for num_demonstrations in (1, 2):
-        trainer = LuffyTrainer(
-            str(output_dir / "model"),
-            tiny.share_of_digits,
-            tiny.make_args(
-                output_dir / "out",
-                num_demonstrations=num_demonstrations,
-                per_device_train_batch_size=2,
-                gradient_accumulation_steps=2,
-                max_steps=2,
-            ),
-            Dataset.from_list(tiny.addition_rows(4, lambda i: ["AB", "CD"])),
-        )
-        rows = tiny.count_generated_rows(trainer.accelerator.unwrap_model(trainer.model))
-        trainer.train()
-        results[num_demonstrations] = rows
+        for rows_per_process in (2, 4):
+            trainer = LuffyTrainer(
+                str(output_dir / "model"),
+                tiny.share_of_digits,
+                tiny.make_args(
+                    output_dir / "out",
+                    num_demonstrations=num_demonstrations,
+                    per_device_train_batch_size=2,
+                    gradient_accumulation_steps=rows_per_process // 2,
+                    max_steps=2,
+                ),
+                Dataset.from_list(tiny.addition_rows(4, lambda i: ["AB", "CD"])),
+            )
+            rows = tiny.count_generated_rows(trainer.accelerator.unwrap_model(trainer.model))
+            trainer.train()
+            results[num_demonstrations, rows_per_process] = rows
     return results
 
 

@@ -44,9 +44,12 @@ def test_demonstrations_are_not_generated(model_path, tmp_path, num_demonstratio
 
 def test_demonstrations_are_not_generated_by_two_processes(tmp_path):
     ranks = tiny.launch("count", tmp_path)
-    for num_demonstrations in (1, 2):
-        # The generation batch is two groups of 4, of which rank 0 holds the first: 4 rows each.
-        assert [rank[num_demonstrations] for rank in ranks] == [[4 - num_demonstrations] * 2] * 2
+    # Half a group each, for two steps: rank 0 has slots 0 and 1, and with two demonstrations nothing to generate.
+    assert [rank[1, 2] for rank in ranks] == [[1, 1], [2, 2]]
+    assert [rank[2, 2] for rank in ranks] == [[], [2, 2]]
+    # A whole group each
+    assert [rank[1, 4] for rank in ranks] == [[3, 3], [3, 3]]
+    assert [rank[2, 4] for rank in ranks] == [[2, 2], [2, 2]]
 
 
 def test_a_row_without_traces_trains_on_rollouts(model_path, tmp_path):
