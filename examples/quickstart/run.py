@@ -80,7 +80,7 @@ def read_accuracies(method: str, seed: int, folder: Path) -> list[dict]:
 
 
 def plot(accuracies: pd.DataFrame, path: Path):
-    figure, axes = plt.subplots(1, len(SPLITS), figsize=(3.2 * len(SPLITS), 3.2), sharey=True)
+    figure, axes = plt.subplots(1, len(SPLITS), figsize=(3.2 * len(SPLITS), 3.5), sharey=True, layout="constrained")
     for axis, (split, title) in zip(axes, SPLITS.items(), strict=True):
         for color, method in enumerate(accuracies["method"].unique()):
             rows = accuracies[(accuracies["method"] == method) & (accuracies["split"] == split)]
@@ -92,8 +92,7 @@ def plot(accuracies: pd.DataFrame, path: Path):
         axis.set_ylim(-0.03, 1.03)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy at temperature 1")
-    axes[0].legend(fontsize=8)
-    figure.tight_layout()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS))
     figure.savefig(path, dpi=120)
 
 
