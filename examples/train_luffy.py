@@ -106,11 +106,15 @@ def without_long_prompts(
 ) -> Dataset | IterableDataset:
     """Leaves out rows whose rendered prompt has more than `max_length` tokens, and says how many."""
 
+    # Only what the filter reads is in its fingerprint, so that another learning rate finds the cached result
+    chat_template_kwargs = args.chat_template_kwargs or {}
+
     def fits(row):
         prompt = row["prompt"]
         if is_conversational({"prompt": prompt}):
-            kwargs = args.chat_template_kwargs or {}
-            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False, **kwargs)
+            ids = tokenizer.apply_chat_template(
+                prompt, add_generation_prompt=True, return_dict=False, **chat_template_kwargs
+            )
         else:
             ids = tokenizer(prompt)["input_ids"]
         return len(ids) <= max_length

@@ -143,8 +143,7 @@ class LuffyTrainer(GRPOTrainer):
                         f"interacted with it. Remove `{name}`, or train plain GRPO (`num_demonstrations=0` with "
                         "`ratio_clipping='on_policy'`)."
                     )
-        # Everything that can be wrong with the data is found before a model is loaded.
-        if args.num_demonstrations > 0:
+            # Everything that can be wrong with the tokenizer and the data is found before a model is loaded.
             load_options = {
                 "revision": (args.model_init_kwargs or {}).get("revision"),
                 "trust_remote_code": args.trust_remote_code,
@@ -153,6 +152,13 @@ class LuffyTrainer(GRPOTrainer):
                 processing_class = AutoProcessor.from_pretrained(
                     model_id, truncation_side="left", padding_side="left", **load_options
                 )
+            if isinstance(processing_class, ProcessorMixin):
+                raise ValueError(
+                    "`processing_class` is a multimodal processor, and image prompts are supported by plain GRPO only "
+                    "(`num_demonstrations=0` with `ratio_clipping='on_policy'`). Pass "
+                    "`processing_class=AutoTokenizer.from_pretrained(...)` to train on text."
+                )
+        if args.num_demonstrations > 0:
             if isinstance(model, str):
                 try:
                     generation_config = GenerationConfig.from_pretrained(model_id, **load_options)
@@ -179,12 +185,6 @@ class LuffyTrainer(GRPOTrainer):
             rollout_func=rollout_func,
             environment_factory=environment_factory,
         )
-        if self._is_vlm and not args.is_plain_grpo:
-            raise ValueError(
-                "`processing_class` is a multimodal processor, and image prompts are supported by plain GRPO only "
-                "(`num_demonstrations=0` with `ratio_clipping='on_policy'`). Pass "
-                "`processing_class=AutoTokenizer.from_pretrained(...)` to train on text."
-            )
         self._loss_options = {
             "shaping": Shaping(
                 args.policy_shaping,
@@ -207,8 +207,9 @@ class LuffyTrainer(GRPOTrainer):
         # (sum, count) of each metric that is divided when it is logged
         self._sums = defaultdict(lambda: torch.zeros(2, device=self.accelerator.device))
         # State of the generation batch at hand: the demonstration of each local row (or None), and over all processes
-        # how many demonstration tokens the rows have, which rows have any, and what rewards the rows got.
+        # which rows are local, how many demonstration tokens rows have, which have any, and what rewards they got.
         self._demonstrations: list[Demonstration | None] = []
+        self._local_rows = slice(0)
         self._demonstration_lengths: torch.Tensor | None = None
         self._is_demonstration: torch.Tensor | None = None
         self._rewards_per_func: torch.Tensor | None = None
@@ -224,9 +225,8 @@ class LuffyTrainer(GRPOTrainer):
         inputs = [{key: value for key, value in row.items() if key not in DEMONSTRATION_COLUMNS} for row in inputs]
         output = super()._generate_and_score_completions(inputs)
 
-        lengths = torch.tensor([len(shown.ids) if shown else 0 for shown in self._demonstrations], device=device)
         positions = torch.arange(output["completion_ids"].size(1), device=device)
-        output["demonstration_mask"] = positions < lengths.unsqueeze(1)
+        output["demonstration_mask"] = positions < self._demonstration_lengths[self._local_rows].unsqueeze(1)
         output["num_demonstration_tokens"] = self._demonstration_lengths.sum()
         if any(shown and shown.logps for shown in self._demonstrations):
             output["behavior_logps"] = torch.zeros_like(output["completion_ids"], dtype=torch.float32)
@@ -243,10 +243,11 @@ class LuffyTrainer(GRPOTrainer):
 
     def _assign_demonstrations(self, inputs: list[dict[str, Any]], is_used: bool):
         """Decides for each row of the generation batch whether, and what, it shows of a trace."""
+        first_row = self.accelerator.process_index * len(inputs)  # groups span processes
+        self._local_rows = slice(first_row, first_row + len(inputs))
         self._demonstrations = [None] * len(inputs)
         dropped = [0] * len(inputs)
         if is_used:
-            first_row = self.accelerator.process_index * len(inputs)  # groups span processes
             for i, row in enumerate(inputs):
                 slot = (first_row + i) % self.num_generations
                 chosen = choose_demonstrations(row, self.args, self.state.global_step)
@@ -254,11 +255,11 @@ class LuffyTrainer(GRPOTrainer):
                     self._demonstrations[i] = chosen[slot]
                 if slot == 0:
                     dropped[i] = row["demonstrations_dropped"]
-            self._metrics["train"]["demonstrations/dropped"].append(
-                self.accelerator.gather(torch.tensor(dropped, device=self.accelerator.device)).sum().item()
-            )
         lengths = [len(shown.ids) if shown else 0 for shown in self._demonstrations]
-        self._demonstration_lengths = self.accelerator.gather(torch.tensor(lengths, device=self.accelerator.device))
+        counts = torch.tensor([lengths, dropped], device=self.accelerator.device)
+        self._demonstration_lengths, all_dropped = self.accelerator.gather(counts.T.contiguous()).T
+        if is_used:
+            self._metrics["train"]["demonstrations/dropped"].append(all_dropped.sum().item())
         self._is_demonstration = self._demonstration_lengths > 0
         sources = [
             "rollout" if shown is None else "demonstration" if shown.is_complete else "prefix"
@@ -278,9 +279,7 @@ class LuffyTrainer(GRPOTrainer):
             baseline=self.args.advantage_baseline,
             scale=self.scale_rewards,
         )
-        num_rows = len(self._demonstrations)
-        first_row = self.accelerator.process_index * num_rows
-        output["advantages"] = advantages[first_row : first_row + num_rows]
+        output["advantages"] = advantages[self._local_rows]
 
         # The deques of the completions table hold exactly one generation batch, so this replaces what TRL put there.
         for i, name in enumerate(self.reward_func_names):
@@ -498,28 +497,26 @@ class LuffyTrainer(GRPOTrainer):
 
         # The denominators are TRL's: demonstrations are completions of the batch like any other.
         accumulation_steps = self.current_gradient_accumulation_steps if mode == "train" else 1.0
+
+        def per_update(num_tokens):
+            """The share of one update and process in the tokens of the generation batch."""
+            num_tokens = num_tokens.clamp(min=1.0) / self.accelerator.num_processes
+            return num_tokens * accumulation_steps / self.args.steps_per_generation if mode == "train" else num_tokens
+
+        normalizer = 1.0 if self.loss_type == "dapo" else accumulation_steps  # "dapo" has it in its denominator
         if self.loss_type == "grpo":
             loss = ((per_token_loss * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).mean()
         elif self.loss_type == "bnpo":
             loss = (per_token_loss * mask).sum() / mask.sum().clamp(min=1.0)
         elif self.loss_type == "dr_grpo":
             loss = (per_token_loss * mask).sum() / (per_token_loss.size(0) * self.max_completion_length)
-        else:  # "dapo", whose denominator spans the generation batch
-            num_tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
-            if mode == "train":
-                num_tokens = num_tokens * accumulation_steps / self.args.steps_per_generation
-            loss = (per_token_loss * mask).sum() / num_tokens
-        if is_sft and mode == "train":
-            # The mean over the demonstration tokens of the update, which is this share of the generation batch
-            num_updates = self.args.steps_per_generation / accumulation_steps
-            num_tokens = inputs["num_demonstration_tokens"].clamp(min=1) / num_updates / self.accelerator.num_processes
-            sft_loss = -(per_token_logps * demonstration_mask).sum() / num_tokens
-            if self.loss_type != "dapo":
-                sft_loss = sft_loss * accumulation_steps  # divided again below
-            loss = loss + self.args.sft_loss_coef * sft_loss
+        else:  # "dapo"
+            loss = (per_token_loss * mask).sum() / per_update(inputs["num_items_in_batch"])
+        if is_sft and mode == "train":  # the mean over the demonstration tokens of the update
+            sft_loss = -(per_token_logps * demonstration_mask).sum() / per_update(inputs["num_demonstration_tokens"])
+            loss = loss + self.args.sft_loss_coef * sft_loss * normalizer
         policy_loss = loss.detach()
-        if self.loss_type != "dapo":
-            loss = loss / accumulation_steps
+        loss = loss / normalizer
 
         if self._entropy_bonus_enabled:  # demonstration tokens included, as in the released code
             entropy_loss = (entropies * mask).sum() / mask.sum().clamp(min=1.0) / accumulation_steps
@@ -594,16 +591,11 @@ class LuffyTrainer(GRPOTrainer):
 
 def _add_demonstrations(
     train_dataset: Dataset | IterableDataset,
-    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    processing_class: PreTrainedTokenizerBase,
     generation_config: GenerationConfig,
     args: LuffyConfig,
 ) -> Dataset | IterableDataset:
     """Checks the tokenizer, and tokenizes the traces."""
-    if isinstance(processing_class, ProcessorMixin):
-        raise ValueError(
-            "`processing_class` is a multimodal processor, and image prompts are not supported together with "
-            "demonstrations. Pass `processing_class=AutoTokenizer.from_pretrained(...)` to train on text."
-        )
     if processing_class.eos_token_id is None:
         raise ValueError(
             "`processing_class` has no end-of-sequence token, so demonstrations could not end. Set "

@@ -24,6 +24,31 @@ def model_path(tmp_path_factory):
     return tiny.save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
+def record_generation_batches(trainer):
+    """What every call of `_generate_and_score_completions` returns, in a list that fills during training."""
+    outputs, original = [], trainer._generate_and_score_completions
+
+    def recording(inputs):
+        outputs.append(original(inputs))
+        return outputs[-1]
+
+    trainer._generate_and_score_completions = recording
+    return outputs
+
+
+def logps_and_entropies(trainer, model, inputs):
+    """Log-probs and entropies of the completion tokens of a micro-batch, without gradient."""
+    with torch.no_grad():
+        logps, entropies, _ = trainer._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
+            inputs["completion_ids"].size(1),
+            compute_entropy=True,
+        )
+    return logps, entropies
+
+
 def train(trainer):
     trainer.train()
     return trainer
@@ -272,8 +297,7 @@ def test_advantages_and_tokens_of_a_group(model_path, tmp_path, baseline):
         tiny.make_args(tmp_path, gradient_accumulation_steps=2, advantage_baseline=baseline, log_completions=True),
         Dataset.from_list(tiny.addition_rows(2, lambda i: ["A7"])),
     )
-    outputs, original = [], trainer._generate_and_score_completions
-    trainer._generate_and_score_completions = lambda inputs: outputs.append(original(inputs)) or outputs[-1]
+    outputs = record_generation_batches(trainer)
     trainer.train()
     (output,) = outputs
     tokenizer = tiny.make_tokenizer()
@@ -333,24 +357,15 @@ def test_options_of_the_loss_reach_it(model_path, tmp_path, num_demonstrations):
         ),
         Dataset.from_list(tiny.addition_rows(2, lambda i: ["A7", "7A"])),
     )
-    losses, compute_loss, generate_and_score = [], trainer._compute_loss, trainer._generate_and_score_completions
-    advantages = []
+    losses, compute_loss = [], trainer._compute_loss
 
     def recording(model, inputs):
-        logps, _, _ = trainer._get_per_token_logps_and_entropies(
-            model,
-            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1),
-            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
-            inputs["completion_ids"].size(1),
-        )
+        logps, _ = logps_and_entropies(trainer, model, inputs)
         loss = compute_loss(model, inputs)
-        losses.append((inputs, logps.detach(), loss.item()))
+        losses.append((inputs, logps, loss.item()))
         return loss
 
     trainer._compute_loss = recording
-    trainer._generate_and_score_completions = lambda inputs: (
-        advantages.append(generate_and_score(inputs)) or advantages[-1]
-    )
     trainer.train()
     (_, _, _), (inputs, logps, loss) = losses  # at the second update the ratio of rollouts is not 1
     table = list(trainer._logs["advantages"])
@@ -410,8 +425,7 @@ def test_partial_demonstrations(model_path, tmp_path):
         ),
         Dataset.from_list([{"prompt": "1+1=", "demonstrations": ["ABCDEFG", "1234567"]}]),
     )
-    outputs, original = [], trainer._generate_and_score_completions
-    trainer._generate_and_score_completions = lambda inputs: outputs.append(original(inputs)) or outputs[-1]
+    outputs = record_generation_batches(trainer)
     seen, generate = [], trainer.model.generate
 
     def recording(*args, **kwargs):
@@ -461,14 +475,7 @@ def test_the_sampler_correction_leaves_demonstration_tokens_alone(model_path, tm
             model, {**inputs, "importance_sampling_ratio": ratio[:, : inputs["completion_ids"].size(1)]}
         )
         mask, is_demonstration = inputs["completion_mask"], inputs["demonstration_mask"]
-        with torch.no_grad():
-            logps, _, _ = trainer._get_per_token_logps_and_entropies(
-                model,
-                torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1),
-                torch.cat([inputs["prompt_mask"], mask], 1),
-                mask.size(1),
-            )
-        prob = logps.exp()
+        prob = logps_and_entropies(trainer, model, inputs)[0].exp()
         coefficient = torch.where(is_demonstration, prob / (prob + 0.1), ratio[:, :1])
         expected = -(coefficient * inputs["advantages"].unsqueeze(1) * mask).sum() / (4 * 16)
         losses.append((loss.item(), expected.item(), int(is_demonstration.sum())))
@@ -547,19 +554,11 @@ def test_metrics_describe_rollouts_beside_demonstrations(model_path, tmp_path):
         ),
         Dataset.from_list(tiny.addition_rows(2)),
     )
-    outputs, original = [], trainer._generate_and_score_completions
-    trainer._generate_and_score_completions = lambda inputs: outputs.append(original(inputs)) or outputs[-1]
+    outputs = record_generation_batches(trainer)
     micro_batches, compute_loss = [], trainer._compute_loss
 
     def recording(model, inputs):
-        logps, entropies, _ = trainer._get_per_token_logps_and_entropies(
-            model,
-            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1),
-            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
-            inputs["completion_ids"].size(1),
-            compute_entropy=True,
-        )
-        micro_batches.append((inputs, logps.detach(), entropies.detach()))
+        micro_batches.append((inputs, *logps_and_entropies(trainer, model, inputs)))
         return compute_loss(model, inputs)
 
     trainer._compute_loss = recording
