@@ -9,6 +9,7 @@ f, and [`mixed_policy_loss`] puts both together token by token. Summing the per-
 it, is the trainer's business.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -214,6 +215,35 @@ def mixed_policy_loss(
     per_token_loss = -objective * mask
     stats = {"coefficient": coefficient.detach(), "low_clipped": low_clipped, "high_clipped": high_clipped}
     return per_token_loss, stats
+
+
+def sft_coefficient(
+    step: int, peak: float, minimum: float = 0.0, warmup_steps: int = 0, decay_steps: int | None = None
+) -> float:
+    """
+    The weight mu of the cross-entropy beside the policy gradient, at a step of training (arXiv 2508.11408, CHORD).
+
+    Args:
+        step (`int`):
+            Optimizer step, from 0.
+        peak (`float`):
+            Its value after the warm-up.
+        minimum (`float`, *optional*, defaults to `0.0`):
+            Its value after the decay.
+        warmup_steps (`int`, *optional*, defaults to `0`):
+            Steps over which it rises linearly from 0.
+        decay_steps (`int`, *optional*):
+            Steps after the warm-up over which it falls along half a cosine. `None` keeps the peak.
+
+    Returns:
+        `float`: The weight.
+    """
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    if decay_steps is None:
+        return peak
+    progress = min((step - warmup_steps) / decay_steps, 1.0)
+    return minimum + (peak - minimum) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def group_advantages(

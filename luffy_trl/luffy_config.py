@@ -26,7 +26,10 @@ _CHOICES = {
     "advantage_baseline": BASELINES,
     "demonstration_overflow": ("drop", "truncate", "error"),
     "prefix_schedule": ("random", "linear", "cosine", "reverse_linear", "fixed"),
+    "demonstration_policy": ("always", "on_failure"),
     "demonstration_loss": ("policy_gradient", "sft"),
+    "sft_token_weight": ("none", "chord"),
+    "sft_loss_combination": ("add", "interpolate"),
 }
 # Parameters of an option: the option, and its values with which the parameter means something.
 _PARAMETERS = {
@@ -37,7 +40,13 @@ _PARAMETERS = {
     "on_policy_shaping_power": ("on_policy_shaping", ("power",)),
     "on_policy_shaping_weight": ("on_policy_shaping", ("log", "linear_log")),
     "prefix_schedule_steps": ("prefix_schedule", ("linear", "cosine", "reverse_linear")),
+    "failure_threshold": ("demonstration_policy", ("on_failure",)),
     "sft_loss_coef": ("demonstration_loss", ("sft",)),
+    "sft_loss_coef_min": ("demonstration_loss", ("sft",)),
+    "sft_loss_coef_warmup_steps": ("demonstration_loss", ("sft",)),
+    "sft_loss_coef_decay_steps": ("demonstration_loss", ("sft",)),
+    "sft_loss_combination": ("demonstration_loss", ("sft",)),
+    "sft_token_weight": ("demonstration_loss", ("sft",)),
 }
 # Options of the ratio and the advantage of demonstrations, which cross-entropy has not.
 _POLICY_GRADIENT_OPTIONS = (
@@ -52,6 +61,7 @@ _POLICY_GRADIENT_OPTIONS = (
 _DEMONSTRATION_OPTIONS = (
     *_POLICY_GRADIENT_OPTIONS,
     "demonstration_probability",
+    "demonstration_policy",
     "demonstration_loss",
     "demonstration_overflow",
     "advantage_baseline",
@@ -117,6 +127,13 @@ class LuffyConfig(GRPOConfig):
         demonstration_probability (`float`, *optional*, defaults to `1.0`):
             Probability with which a row shows its demonstrations at a step; otherwise it trains on rollouts alone
             (`sample_target_ratio` of the released code).
+        demonstration_policy (`str`, *optional*, defaults to `"always"`):
+            `"always"` gives demonstrations their slots before anything is generated. `"on_failure"` samples all G
+            completions, and replaces k of them in groups whose mean reward is at most `failure_threshold`; the other
+            groups are pure GRPO (`add_tgt_with_acc` and `add_full_target_when_none` of the released code). It costs
+            the generation of what is replaced, and saves demonstrations that the policy no longer needs.
+        failure_threshold (`float`, *optional*, defaults to `0.0`):
+            Greatest mean reward of a group that has failed, of `demonstration_policy="on_failure"`.
         demonstration_advantage_weight (`float`, *optional*, defaults to `1.0`):
             Factor on the advantages of demonstration tokens (`prefix_reward_weight_alpha` of the released code).
         rollout_advantage_weight (`float`, *optional*, defaults to `1.0`):
@@ -153,7 +170,18 @@ class LuffyConfig(GRPOConfig):
             cross-entropy of the demonstration tokens of the update is added. It needs
             `advantage_baseline="on_policy"`.
         sft_loss_coef (`float`, *optional*, defaults to `1.0`):
-            Weight of the cross-entropy of `demonstration_loss="sft"`.
+            Weight of the cross-entropy of `demonstration_loss="sft"`: mu of CHORD (arXiv 2508.11408), at its peak.
+        sft_loss_coef_min (`float`, *optional*, defaults to `0.0`):
+            What the weight decays to over `sft_loss_coef_decay_steps`.
+        sft_loss_coef_warmup_steps (`int`, *optional*, defaults to `0`):
+            Number of updates over which the weight rises linearly from 0 to `sft_loss_coef`.
+        sft_loss_coef_decay_steps (`int`, *optional*):
+            Number of updates, after those, over which it falls along a cosine to `sft_loss_coef_min`. `None` keeps it.
+        sft_loss_combination (`str`, *optional*, defaults to `"add"`):
+            `"add"` is RL + weight x SFT, and `"interpolate"` (1 - weight) x RL + weight x SFT, as in CHORD.
+        sft_token_weight (`str`, *optional*, defaults to `"none"`):
+            Weight of each demonstration token in the cross-entropy. `"chord"` is p (1 - p) of its probability p, which
+            leaves out what the policy knows already and what is far from it (phi of CHORD).
     """
 
     loss_type: str = field(
@@ -242,6 +270,18 @@ class LuffyConfig(GRPOConfig):
             "alone."
         },
     )
+    demonstration_policy: str = field(
+        default="always",
+        metadata={
+            "help": "'always' gives demonstrations their slots before anything is generated. 'on_failure' samples all "
+            "G completions, and replaces k of them in groups whose mean reward is at most failure_threshold; the "
+            "other groups are pure GRPO."
+        },
+    )
+    failure_threshold: float = field(
+        default=0.0,
+        metadata={"help": "Greatest mean reward of a group that has failed, of demonstration_policy='on_failure'."},
+    )
     demonstration_advantage_weight: float = field(
         default=1.0,
         metadata={"help": "Factor on the advantages of demonstration tokens."},
@@ -306,7 +346,35 @@ class LuffyConfig(GRPOConfig):
     )
     sft_loss_coef: float = field(
         default=1.0,
-        metadata={"help": "Weight of the cross-entropy of demonstration_loss='sft'."},
+        metadata={"help": "Weight of the cross-entropy of demonstration_loss='sft': mu of CHORD, at its peak."},
+    )
+    sft_loss_coef_min: float = field(
+        default=0.0,
+        metadata={"help": "What the weight decays to over sft_loss_coef_decay_steps."},
+    )
+    sft_loss_coef_warmup_steps: int = field(
+        default=0,
+        metadata={"help": "Number of updates over which the weight rises linearly from 0 to sft_loss_coef."},
+    )
+    sft_loss_coef_decay_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of updates, after those, over which it falls along a cosine to sft_loss_coef_min. None "
+            "keeps it."
+        },
+    )
+    sft_loss_combination: str = field(
+        default="add",
+        metadata={
+            "help": "'add' is RL + weight x SFT, and 'interpolate' (1 - weight) x RL + weight x SFT, as in CHORD."
+        },
+    )
+    sft_token_weight: str = field(
+        default="none",
+        metadata={
+            "help": "Weight of each demonstration token in the cross-entropy. 'chord' is p (1 - p) of its probability "
+            "p, which leaves out what the policy knows already and what is far from it."
+        },
     )
 
     @property
@@ -418,6 +486,27 @@ class LuffyConfig(GRPOConfig):
                     f"`{name}={getattr(self, name)!r}` has no effect with `demonstration_loss='sft'`, which has no "
                     "ratio and no advantage. Remove it."
                 )
+        if not 0 <= self.sft_loss_coef_min <= self.sft_loss_coef:
+            raise ValueError(
+                f"`sft_loss_coef_min` ({self.sft_loss_coef_min}) must be between 0 and `sft_loss_coef` "
+                f"({self.sft_loss_coef})."
+            )
+        if self.sft_loss_combination == "interpolate" and self.sft_loss_coef > 1:
+            raise ValueError(
+                f"`sft_loss_coef={self.sft_loss_coef}` would turn the sign of the policy gradient with "
+                "`sft_loss_combination='interpolate'`. Choose it between 0 and 1."
+            )
+        decay_steps = self.sft_loss_coef_decay_steps
+        if self.sft_loss_coef_warmup_steps < 0 or (decay_steps is not None and decay_steps < 1):
+            raise ValueError(
+                f"`sft_loss_coef_warmup_steps` ({self.sft_loss_coef_warmup_steps}) must be at least 0 and "
+                f"`sft_loss_coef_decay_steps` ({decay_steps}) at least 1, or None."
+            )
+        if self._is_set("sft_loss_coef_min") and decay_steps is None:
+            raise ValueError(
+                f"`sft_loss_coef_min={self.sft_loss_coef_min}` has no effect without `sft_loss_coef_decay_steps`, the "
+                "number of updates over which the weight falls to it."
+            )
         if self.advantage_baseline != "on_policy":
             raise ValueError(
                 "`demonstration_loss='sft'` gives demonstrations no advantage, so they should not raise the baseline "

@@ -4,7 +4,8 @@
 LUFFY (arXiv 2504.14945) on TRL's GRPOTrainer. What differs from GRPO, in the order of a training step:
 
 1. `_generate_and_score_completions` gives the first k slots of each group to demonstrations from the dataset.
-2. `_generate_single_turn` samples the other G - k slots only, and puts the demonstrations' tokens between them.
+2. `_generate_single_turn` samples the other G - k slots only, and puts the demonstrations' tokens between them. With
+   `demonstration_policy="on_failure"` it samples all of them, and `_generate` replaces k in each group that fails.
 3. `_calculate_rewards` scores both alike. TRL gets to see the rollouts' rewards only: its metrics skip what is NaN.
 4. The advantages are those of the mixed group (`losses.group_advantages`).
 5. `_compute_loss` shapes the ratio of demonstration tokens (`losses.mixed_policy_loss`); the rest of it (loss types,
@@ -18,7 +19,9 @@ These are private methods of TRL 1.16, which is why luffy-trl pins its minor ver
 
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed
@@ -35,17 +38,21 @@ from transformers import (
     TrainerCallback,
 )
 from trl import GRPOTrainer
+from trl.chat_template_utils import parse_response
+from trl.data_utils import is_conversational
 from trl.extras.profiling import profiling_context
+from trl.trainer import grpo_trainer
 from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
 from trl.trainer.utils import get_config_model_id, nanmax, nanmin, nanstd
 
 from .demonstrations import DEMONSTRATION_COLUMNS, Demonstration, choose_demonstrations, tokenize_demonstrations
-from .losses import Shaping, group_advantages, importance_ratio, mixed_policy_loss
+from .losses import Shaping, group_advantages, importance_ratio, mixed_policy_loss, sft_coefficient
 from .luffy_config import LuffyConfig
 from .model_card import save_model_card
 
 
-_TOKEN_METRICS = (
+_SUMMED_METRICS = (
+    "demonstrations/dropped",
     "demonstrations/loss",
     "demonstrations/prob",
     "demonstrations/ratio",
@@ -185,6 +192,18 @@ class LuffyTrainer(GRPOTrainer):
             rollout_func=rollout_func,
             environment_factory=environment_factory,
         )
+        if args.demonstration_policy == "on_failure" and self._is_sharded:
+            reward_models = [
+                name
+                for name, func in zip(self.reward_func_names, self.reward_funcs, strict=True)
+                if isinstance(func, nn.Module)
+            ]
+            if reward_models:
+                raise ValueError(
+                    f"`reward_funcs` has the model {reward_models[0]!r}, which is sharded: all processes have to score "
+                    "together, and with `demonstration_policy='on_failure'` they score different numbers of rows. Use "
+                    "DDP or ZeRO-2, a reward function, or `demonstration_policy='always'`."
+                )
         self._loss_options = {
             "shaping": Shaping(
                 args.policy_shaping,
@@ -204,15 +223,26 @@ class LuffyTrainer(GRPOTrainer):
             "ratio_range": (args.demonstration_ratio_min, args.demonstration_ratio_max),
             "max_token_prob": args.max_token_prob,
         }
+        self._sft_coefficient = partial(
+            sft_coefficient,
+            peak=args.sft_loss_coef,
+            minimum=args.sft_loss_coef_min,
+            warmup_steps=args.sft_loss_coef_warmup_steps,
+            decay_steps=args.sft_loss_coef_decay_steps,
+        )
         # (sum, count) of each metric that is divided when it is logged
         self._sums = defaultdict(lambda: torch.zeros(2, device=self.accelerator.device))
         # State of the generation batch at hand: the demonstration of each local row (or None), and over all processes
-        # which rows are local, how many demonstration tokens rows have, which have any, and what rewards they got.
+        # which rows are local, how many demonstration tokens rows have, which have any, and what rewards rows and
+        # rollouts got: these differ where rollouts were sampled and replaced.
         self._demonstrations: list[Demonstration | None] = []
         self._local_rows = slice(0)
         self._demonstration_lengths: torch.Tensor | None = None
         self._is_demonstration: torch.Tensor | None = None
         self._rewards_per_func: torch.Tensor | None = None
+        self._rollout_rewards_per_func: torch.Tensor | None = None
+        # With `demonstration_policy="on_failure"`: the rows of the batch, and what each would show if its group fails.
+        self._fallback: tuple[list[dict[str, Any]], list[Demonstration | None]] | None = None
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -221,8 +251,16 @@ class LuffyTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor | Any]:
         mode = "train" if self.model.training else "eval"
         device = self.accelerator.device
-        self._assign_demonstrations(inputs, is_used=mode == "train" and self.args.num_demonstrations > 0)
+        first_row = self.accelerator.process_index * len(inputs)  # groups span processes
+        self._local_rows = slice(first_row, first_row + len(inputs))
+        is_used = mode == "train" and self.args.num_demonstrations > 0
+        chosen = self._choose_demonstrations(inputs) if is_used else [None] * len(inputs)
         inputs = [{key: value for key, value in row.items() if key not in DEMONSTRATION_COLUMNS} for row in inputs]
+        if is_used and self.args.demonstration_policy == "on_failure":
+            self._fallback = inputs, chosen
+            chosen = [None] * len(inputs)  # until the rollouts have failed
+        self._show(chosen)
+        self._rewards_per_func = None
         output = super()._generate_and_score_completions(inputs)
 
         positions = torch.arange(output["completion_ids"].size(1), device=device)
@@ -233,7 +271,7 @@ class LuffyTrainer(GRPOTrainer):
             for i, shown in enumerate(self._demonstrations):
                 if shown:
                     output["behavior_logps"][i, : len(shown.logps)] = torch.tensor(shown.logps, device=device)
-        if mode == "train" and self.args.num_demonstrations > 0:
+        if is_used:
             self._replace_advantages(output)
         weights = self.args.demonstration_advantage_weight, self.args.rollout_advantage_weight
         if mode == "train" and weights != (1.0, 1.0):
@@ -241,37 +279,33 @@ class LuffyTrainer(GRPOTrainer):
             output["advantages"] = output["advantages"].unsqueeze(1) * per_token_weights
         return output
 
-    def _assign_demonstrations(self, inputs: list[dict[str, Any]], is_used: bool):
+    def _choose_demonstrations(self, inputs: list[dict[str, Any]]) -> list[Demonstration | None]:
         """Decides for each row of the generation batch whether, and what, it shows of a trace."""
-        first_row = self.accelerator.process_index * len(inputs)  # groups span processes
-        self._local_rows = slice(first_row, first_row + len(inputs))
-        self._demonstrations = [None] * len(inputs)
-        dropped = [0] * len(inputs)
-        if is_used:
-            for i, row in enumerate(inputs):
-                slot = (first_row + i) % self.num_generations
-                chosen = choose_demonstrations(row, self.args, self.state.global_step)
-                if slot < len(chosen):
-                    self._demonstrations[i] = chosen[slot]
-                if slot == 0:
-                    dropped[i] = row["demonstrations_dropped"]
-        lengths = [len(shown.ids) if shown else 0 for shown in self._demonstrations]
-        counts = torch.tensor([lengths, dropped], device=self.accelerator.device)
-        self._demonstration_lengths, all_dropped = self.accelerator.gather(counts.T.contiguous()).T
-        if is_used:
-            self._metrics["train"]["demonstrations/dropped"].append(all_dropped.sum().item())
+        demonstrations, num_dropped = [], 0
+        for i, row in enumerate(inputs):
+            slot = (self._local_rows.start + i) % self.num_generations
+            chosen = choose_demonstrations(row, self.args, self.state.global_step)
+            demonstrations.append(chosen[slot] if slot < len(chosen) else None)
+            if slot == 0:
+                num_dropped += row["demonstrations_dropped"]
+        num_batches = float(self.accelerator.is_main_process)  # counted once, where processes are summed
+        self._sums["demonstrations/dropped"] += self._sums["demonstrations/dropped"].new_tensor(
+            [num_dropped, num_batches]
+        )
+        return demonstrations
+
+    def _show(self, demonstrations: list[Demonstration | None]):
+        """Sets the demonstrations of the local rows, and what all processes know of each other's."""
+        self._demonstrations = demonstrations
+        lengths = [len(shown.ids) if shown else 0 for shown in demonstrations]
+        self._demonstration_lengths = self.accelerator.gather(torch.tensor(lengths, device=self.accelerator.device))
         self._is_demonstration = self._demonstration_lengths > 0
-        sources = [
-            "rollout" if shown is None else "demonstration" if shown.is_complete else "prefix"
-            for shown in self._demonstrations
-        ]
-        self._log_completion_extra("source", sources)
 
     def _replace_advantages(self, output: dict[str, torch.Tensor | Any]):
         """Gives the rows of mixed groups their advantages, and the logs what TRL was not shown."""
         rewards_per_func = self._rewards_per_func
-        rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func.device).unsqueeze(0)).nansum(dim=1)
-        rewards[torch.isnan(rewards_per_func).all(dim=1)] = torch.nan
+        rewards = self._weigh(rewards_per_func)
+        rollout_rewards = self._weigh(self._rollout_rewards_per_func)
         advantages = group_advantages(
             rewards,
             self.num_generations,
@@ -285,11 +319,16 @@ class LuffyTrainer(GRPOTrainer):
         for i, name in enumerate(self.reward_func_names):
             self._logs["rewards"][name].extend(rewards_per_func[:, i].tolist())
         self._logs["advantages"].extend(advantages.tolist())
-        self._log_group_metrics(rewards)
+        self._log_group_metrics(rewards, rollout_rewards)
         if self._is_demonstration.any():
-            self._describe_rollouts_only(rewards, output)
+            self._describe_rollouts_only(rollout_rewards, output)
 
-    def _log_group_metrics(self, rewards: torch.Tensor):
+    def _weigh(self, rewards_per_func: torch.Tensor) -> torch.Tensor:
+        """The sum of the reward functions' rewards, by their weights; NaN for a row that none applies to."""
+        rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func.device).unsqueeze(0)).nansum(dim=1)
+        return rewards.masked_fill(torch.isnan(rewards_per_func).all(dim=1), torch.nan)
+
+    def _log_group_metrics(self, rewards: torch.Tensor, rollout_rewards: torch.Tensor):
         """Metrics of the generation batch that every process can compute from what has been gathered anyway."""
         metrics = self._metrics["train"]
         if self._is_demonstration.any():
@@ -298,10 +337,10 @@ class LuffyTrainer(GRPOTrainer):
             metrics["demonstrations/length"].append(lengths.float().mean().item())
         # A rollout solves its problem where it earns 1 from each reward function that applies to it. Rows that no
         # function scores have no say.
-        full_rewards = (~self._rewards_per_func.isnan() * self.reward_weights.to(rewards.device)).sum(dim=1)
-        is_silent = (self._is_demonstration | rewards.isnan()).view(-1, self.num_generations)
-        has_solved = (rewards >= full_rewards).view(-1, self.num_generations)
-        has_earned = (rewards > 0).view(-1, self.num_generations)
+        full_rewards = (~self._rollout_rewards_per_func.isnan() * self.reward_weights.to(rewards.device)).sum(dim=1)
+        is_silent = rollout_rewards.isnan().view(-1, self.num_generations)
+        has_solved = (rollout_rewards >= full_rewards).view(-1, self.num_generations)
+        has_earned = (rollout_rewards > 0).view(-1, self.num_generations)
         is_scored = ~is_silent.all(dim=1)
         if is_scored.any():
             metrics["on_policy/solve_all"].append((has_solved | is_silent).all(dim=1)[is_scored].float().mean().item())
@@ -309,11 +348,11 @@ class LuffyTrainer(GRPOTrainer):
                 (~has_earned | is_silent).all(dim=1)[is_scored].float().mean().item()
             )
 
-    def _describe_rollouts_only(self, rewards: torch.Tensor, output: dict[str, torch.Tensor | Any]):
+    def _describe_rollouts_only(self, rollout_rewards: torch.Tensor, output: dict[str, torch.Tensor | Any]):
         """Replaces the metrics of TRL for which it is not enough that demonstrations have the reward NaN."""
         metrics = self._metrics["train"]
         if self.scale_rewards != "batch":
-            groups = rewards.masked_fill(self._is_demonstration, torch.nan).view(-1, self.num_generations)
+            groups = rollout_rewards.view(-1, self.num_generations)
             is_single = (~groups.isnan()).sum(dim=1) == 1  # a single rollout does not differ from itself
             std = nanstd(groups, dim=1).masked_fill(is_single, 0.0)
             metrics["frac_reward_zero_std"][-1] = torch.isclose(std, torch.zeros_like(std)).float().mean().item()
@@ -337,7 +376,9 @@ class LuffyTrainer(GRPOTrainer):
 
     def _generate(self, prompts: list):
         result = super()._generate(prompts)
-        if self._is_demonstration.any():
+        if self._fallback is not None:
+            self._replace_failures(prompts, *result[:2], *result[3:5])
+        elif self._is_demonstration.any():
             # TRL has just described all completions; these are the same formulas over the policy's own.
             metrics = self._metrics["train"]
             completion_ids = result[1]
@@ -363,27 +404,35 @@ class LuffyTrainer(GRPOTrainer):
         # A rollout follows the prompt, and what follows a partial demonstration its prefix.
         shown = self._demonstrations
         sampled = [i for i in range(len(prompt_ids)) if shown[i] is None or not shown[i].is_complete]
-        sampled_prompt_ids = [prompt_ids[i] + (shown[i].ids if shown[i] else []) for i in sampled]
+        completion_ids = [list(demonstration.ids) if demonstration else [] for demonstration in shown]
+        # No sampler gave a demonstration log-probs: `None` becomes an importance-sampling ratio of exactly 1.
+        logps = [[None] * len(ids) for ids in completion_ids] if self.use_vllm else None
+        self._continue(prompt_ids, completion_ids, logps, sampled)
+        return completion_ids, logps
+
+    def _continue(self, prompt_ids, completion_ids, logps, sampled: list[int]):
+        """Samples what follows the completions of some rows, up to the budget of a row, in place."""
+        sampled_prompt_ids = [prompt_ids[i] + completion_ids[i] for i in sampled]
+        sampled_ids, sampled_logps = [], None
         if self.use_vllm:
             sampled_ids, sampled_logps = self._generate_rollouts_with_vllm(sampled_prompt_ids, prompt_ids[0])
         elif sampled:
-            sampled_ids, sampled_logps = super()._generate_single_turn(sampled_prompt_ids, None, {}, num_generations)
-        else:
-            sampled_ids, sampled_logps = [], None
-            plugin = self.accelerator.state.deepspeed_plugin
-            if self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
-                # Sharded models generate together: a process without rollouts has to take part, or the others hang.
-                super()._generate_single_turn(prompt_ids[:1], None, {}, num_generations)
+            sampled_ids, _ = super()._generate_single_turn(sampled_prompt_ids, None, {}, self.num_generations)
+        elif self._is_sharded:
+            # Sharded models generate together: a process without rollouts has to take part, or the others hang.
+            super()._generate_single_turn(prompt_ids[:1], None, {}, self.num_generations)
 
-        completion_ids = [list(demonstration.ids) if demonstration else [] for demonstration in shown]
-        # No sampler gave a demonstration log-probs: `None` becomes an importance-sampling ratio of exactly 1.
-        logps = [[None] * len(ids) for ids in completion_ids]
         for number, i in enumerate(sampled):
             budget = self.max_completion_length - len(completion_ids[i])
             completion_ids[i] += sampled_ids[number][:budget]
             if self.use_vllm:
                 logps[i] += sampled_logps[number][:budget]
-        return completion_ids, logps if self.use_vllm else None
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether a forward pass of a model is a joint work of all processes."""
+        plugin = self.accelerator.state.deepspeed_plugin
+        return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
 
     def _generate_rollouts_with_vllm(
         self, prompt_ids: list[list[int]], spare_prompt_ids: list[int]
@@ -433,11 +482,72 @@ class LuffyTrainer(GRPOTrainer):
         start = sum(len(prompts) for prompts in prompts_of_rank[:rank])
         return tuple(values[start : start + len(prompt_ids)] for values in result)
 
+    def _replace_failures(self, prompts, prompt_ids, completion_ids, completions, logps):
+        """
+        Puts demonstrations, in place, into the groups whose rollouts have failed (`demonstration_policy="on_failure"`).
+
+        They take the slots that they would have taken from the start: rollouts of a group are alike before they are
+        scored, so that no choice is fairer. What has been scored is not scored again.
+        """
+        (inputs, chosen), self._fallback = self._fallback, None
+        rollout_rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids)
+        self._rollout_rewards_per_func = self._rewards_per_func = rollout_rewards_per_func
+        mean_rewards = self._weigh(rollout_rewards_per_func).view(-1, self.num_generations).nanmean(dim=1)
+        has_failed = (mean_rewards <= self.args.failure_threshold).repeat_interleave(self.num_generations)
+        has_failed = has_failed[self._local_rows].tolist()
+        self._show([shown if failed else None for shown, failed in zip(chosen, has_failed, strict=True)])
+        if not self._is_demonstration.any():
+            return
+
+        replaced = [i for i, shown in enumerate(self._demonstrations) if shown]
+        for i in replaced:
+            completion_ids[i] = list(self._demonstrations[i].ids)
+            if self.use_vllm:
+                logps[i] = [None] * len(completion_ids[i])
+        prefixes = [i for i in replaced if not self._demonstrations[i].is_complete]
+        if any(gather_object([len(prefixes)])):
+            self._continue(prompt_ids, completion_ids, logps, prefixes)
+        for i in replaced:
+            completions[i] = self._decode(prompts[i], prompt_ids[i], completion_ids[i])
+
+        rewards_per_func = rollout_rewards_per_func[self._local_rows].clone()
+        if replaced:
+            extra_logs = {column: list(values) for column, values in self._pending_extra_logs.items()}
+            self._pending_extra_logs.clear()
+            # Processes replace different numbers of rows, so that TRL must not gather what it has scored.
+            with patch.object(grpo_trainer, "gather", lambda rewards: rewards):
+                rewards_per_func[replaced] = super()._calculate_rewards(
+                    *([values[i] for i in replaced] for values in (inputs, prompts, completions, completion_ids))
+                )
+            for column, values in self._pending_extra_logs.items():
+                extra_logs.setdefault(column, [None] * len(prompts))
+                for i, value in zip(replaced, values, strict=True):
+                    extra_logs[column][i] = value
+            self._pending_extra_logs.update(extra_logs)
+        self._rewards_per_func = self.accelerator.gather(rewards_per_func)
+
+    def _decode(self, prompt: str | list[dict], prompt_ids: list[int], ids: list[int]) -> str | list[dict]:
+        """A completion as reward functions see it, decoded as `_generate` does it."""
+        tokenizer = self._tokenizer
+        if not is_conversational({"prompt": prompt}):
+            return tokenizer.decode(ids, skip_special_tokens=True)
+        if getattr(tokenizer, "response_template", None) or getattr(tokenizer, "response_schema", None):
+            return [parse_response(tokenizer, ids, prefix=prompt_ids, tools=self.tools)]
+        return [{"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)}]
+
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        # TRL makes its metrics from what this returns, and they skip NaN: so they describe rollouts alone. The
-        # advantages that it makes too are replaced by those of `group_advantages`, from the rewards kept here.
-        self._rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        return self._rewards_per_func.masked_fill(self._is_demonstration.unsqueeze(1), torch.nan)
+        # TRL makes its metrics from what this returns: the rewards of rollouts, and NaN, which they skip, for rows that
+        # never were one. The advantages that it makes too are replaced, from the rewards that are kept here.
+        if self._rewards_per_func is None:
+            self._rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            self._rollout_rewards_per_func = self._rewards_per_func.masked_fill(
+                self._is_demonstration.unsqueeze(1), torch.nan
+            )
+        self._pending_extra_logs["source"] = [
+            "rollout" if shown is None else "demonstration" if shown.is_complete else "prefix"
+            for shown in self._demonstrations
+        ]
+        return self._rollout_rewards_per_func
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor | Any]) -> torch.Tensor:
         if self.args.is_plain_grpo:
@@ -513,8 +623,16 @@ class LuffyTrainer(GRPOTrainer):
         else:  # "dapo"
             loss = (per_token_loss * mask).sum() / per_update(inputs["num_items_in_batch"])
         if is_sft and mode == "train":  # the mean over the demonstration tokens of the update
-            sft_loss = -(per_token_logps * demonstration_mask).sum() / per_update(inputs["num_demonstration_tokens"])
-            loss = loss + self.args.sft_loss_coef * sft_loss * normalizer
+            sft_loss = -per_token_logps * demonstration_mask
+            if self.args.sft_token_weight == "chord":
+                probs = per_token_logps.detach().exp()
+                sft_loss = sft_loss * probs * (1 - probs)
+            sft_loss = sft_loss.sum() / per_update(inputs["num_demonstration_tokens"])
+            coefficient = self._sft_coefficient(self.state.global_step)
+            self._metrics["train"]["sft_loss_coef"].append(coefficient)
+            if self.args.sft_loss_combination == "interpolate":
+                loss = (1 - coefficient) * loss
+            loss = loss + coefficient * sft_loss * normalizer
         policy_loss = loss.detach()
         loss = loss / normalizer
 
@@ -561,8 +679,8 @@ class LuffyTrainer(GRPOTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:
-            totals = self.accelerator.reduce(torch.stack([self._sums[name] for name in _TOKEN_METRICS]), "sum")
-            for name, (total, count) in zip(_TOKEN_METRICS, totals.tolist(), strict=True):
+            totals = self.accelerator.reduce(torch.stack([self._sums[name] for name in _SUMMED_METRICS]), "sum")
+            for name, (total, count) in zip(_SUMMED_METRICS, totals.tolist(), strict=True):
                 if count > 0:
                     self._metrics["train"][name].append(total / count)
             self._sums.clear()

@@ -113,6 +113,44 @@ def metrics(output_dir):
     return {"log_history": trainer.state.log_history, "source": list(trainer._logs["extra"]["source"])}
 
 
+def on_failure(output_dir):
+    """Two rows for each process and one group for each step, of which one fails and the other does not."""
+    scored, advantages = [], []
+
+    def reward(completions, answer, **kwargs):
+        scored.append(len(completions))
+        is_demonstration = tiny.is_demonstration_text(completions)
+        return [1.0 if shown else float(a == "2") for a, shown in zip(answer, is_demonstration, strict=True)]
+
+    trainer = LuffyTrainer(
+        str(output_dir / "model"),
+        reward,
+        tiny.make_args(
+            output_dir / "out",
+            num_demonstrations=2,
+            demonstration_policy="on_failure",
+            per_device_train_batch_size=2,
+            max_steps=2,
+        ),
+        Dataset.from_list(tiny.addition_rows(2, lambda i: [f"<think>\n{i} and 1</think>A{j}" for j in (1, 2)])),
+    )
+    generated = tiny.count_generated_rows(trainer.accelerator.unwrap_model(trainer.model))
+    generate = trainer._generate_and_score_completions
+
+    def recording(inputs):
+        output = generate(inputs)
+        advantages.append(sorted(trainer.accelerator.gather(output["advantages"]).tolist()))
+        return output
+
+    trainer._generate_and_score_completions = recording
+    trainer.train()
+    records = [
+        {key: value for key, value in log.items() if "time" not in key and "per_second" not in key}
+        for log in trainer.state.log_history
+    ]
+    return {"scored": scored, "generated": generated, "advantages": advantages, "log_history": records}
+
+
 if __name__ == "__main__":
     name, folder = sys.argv[1], Path(sys.argv[2])
     torch.save(globals()[name](folder), folder / f"{name}_{os.environ['RANK']}.pt")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from luffy_trl.losses import Shaping, group_advantages, mixed_policy_loss, policy_shaping
+from luffy_trl.losses import Shaping, group_advantages, mixed_policy_loss, policy_shaping, sft_coefficient
 
 
 REFERENCE = np.load(Path(__file__).parent / "data" / "luffy_loss_reference.npz")
@@ -306,3 +306,16 @@ def test_group_advantages_refuses_what_it_does_not_know():
         group_advantages(rewards, 4, rows, baseline="median")
     with pytest.raises(ValueError, match="Unknown reward scale 'max'"):
         group_advantages(rewards, 4, rows, scale="max")
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [(0, 0.0), (1, 0.225), (4, 0.9), (9, 0.05 + 0.85 / 2), (14, 0.05), (1000, 0.05)],
+)
+def test_sft_coefficient_by_hand(step, expected):
+    coefficient = sft_coefficient(step, 0.9, minimum=0.05, warmup_steps=4, decay_steps=10)
+    assert coefficient == pytest.approx(expected, abs=1e-12)
+
+
+def test_sft_coefficient_without_a_schedule():
+    assert [sft_coefficient(step, 0.3) for step in (0, 1, 1000)] == [0.3] * 3

@@ -11,6 +11,9 @@ from trl import GRPOConfig
 from luffy_trl import LuffyConfig
 
 
+SFT = {"demonstration_loss": "sft", "advantage_baseline": "on_policy"}
+
+
 def test_defaults_are_the_papers_recipe(tmp_path):
     args = tiny.make_args(tmp_path, num_generations=8, per_device_train_batch_size=8)
     assert (args.num_demonstrations, args.policy_shaping, args.policy_shaping_gamma) == (1, "regularized", 0.1)
@@ -52,6 +55,16 @@ def test_only_the_algorithms_defaults_differ_from_grpo():
         ({"prefix_schedule": "fixed"}, "`prefix_schedule='fixed'` has no effect while"),
         ({"prefix_ratio_min": 0.0, "prefix_schedule_steps": 9}, "no effect with `prefix_schedule='random'`"),
         ({"sft_loss_coef": 0.5}, "no effect with `demonstration_loss='policy_gradient'`"),
+        (
+            {"demonstration_policy": "sometimes"},
+            "`demonstration_policy` is 'sometimes'. Choose one of 'always', 'on_f",
+        ),
+        ({"failure_threshold": 0.5}, "no effect with `demonstration_policy='always'`"),
+        ({"sft_token_weight": "chord"}, "no effect with `demonstration_loss='policy_gradient'`"),
+        ({**SFT, "sft_loss_coef": 0.1, "sft_loss_coef_min": 0.2}, "must be between 0 and `sft_loss_coef` (0.1)"),
+        ({**SFT, "sft_loss_coef_min": 0.2}, "has no effect without `sft_loss_coef_decay_steps`"),
+        ({**SFT, "sft_loss_coef_decay_steps": 0}, "`sft_loss_coef_decay_steps` (0) at least 1"),
+        ({**SFT, "sft_loss_coef": 2.0, "sft_loss_combination": "interpolate"}, "would turn the sign of the policy gr"),
         ({"demonstration_loss": "sft"}, "Set `advantage_baseline='on_policy'`"),
         (
             {"demonstration_loss": "sft", "advantage_baseline": "on_policy", "policy_shaping": "none"},

@@ -541,6 +541,184 @@ def test_rl_with_sft_loss(model_path, tmp_path, loss_type):
         torch.testing.assert_close(recorded[0][name], parameter.grad, atol=1e-6, rtol=1e-4)
 
 
+def test_chord(model_path, tmp_path):
+    """(1 - mu) GRPO + mu SFT with phi = p (1 - p), over three updates of the schedule of mu."""
+    recorded, weights = [], []
+
+    class Gradients(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+            weights.append({name: p.detach().clone() for name, p in model.named_parameters()})
+            recorded.append({name: p.grad.clone() for name, p in model.named_parameters()})
+
+    trainer = LuffyTrainer(
+        model_path,
+        tiny.share_of_digits,
+        tiny.make_args(
+            tmp_path,
+            demonstration_loss="sft",
+            advantage_baseline="on_policy",
+            sft_loss_coef=0.8,
+            sft_loss_coef_min=0.2,
+            sft_loss_coef_warmup_steps=2,
+            sft_loss_coef_decay_steps=2,
+            sft_loss_combination="interpolate",
+            sft_token_weight="chord",
+            max_steps=5,
+            max_grad_norm=0.0,
+        ),
+        Dataset.from_list(tiny.addition_rows(2, lambda i: ["A7" + "B" * 3 * i])),
+        callbacks=[Gradients()],
+    )
+    batches, compute_loss = [], trainer._compute_loss
+    trainer._compute_loss = lambda model, inputs: batches.append(inputs) or compute_loss(model, inputs)
+    trainer.train()
+    assert [log["sft_loss_coef"] for log in trainer.state.log_history[:5]] == pytest.approx([0, 0.4, 0.8, 0.5, 0.2])
+
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    for mu, batch, before, gradients in zip([0, 0.4, 0.8, 0.5, 0.2], batches, weights, recorded, strict=True):
+        model.load_state_dict(before)
+        model.zero_grad()
+        for row in range(4):
+            prompt_ids = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()]
+            ids = batch["completion_ids"][row][batch["completion_mask"][row].bool()]
+            logits = model(torch.cat([prompt_ids, ids])[None]).logits[0, len(prompt_ids) - 1 : -1]
+            logps = logits.log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
+            if batch["demonstration_mask"][row].any():
+                probs = logps.detach().exp()
+                loss = -mu * (probs * (1 - probs) * logps).sum() / len(ids)
+            else:
+                surrogate = (logps - logps.detach()).exp() * batch["advantages"][row]
+                loss = -(1 - mu) * surrogate.sum() / (4 * 16)
+            loss.backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-6, rtol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------- on failure
+
+
+class ScoredRows:
+    """A reward that is 1 for a demonstration, a group's own for its rollouts, and remembers what it has scored."""
+
+    __name__ = "scored_rows"
+
+    def __init__(self, rollout_rewards):
+        self.rollout_rewards, self.calls, self.lengths = rollout_rewards, [], []
+
+    def __call__(self, completions, completion_ids, answer, log_extra, **kwargs):
+        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+        self.calls.append(list(zip(answer, texts, strict=True)))
+        self.lengths.append([len(ids) for ids in completion_ids])
+        log_extra("seen_as", [f"{text!r} for {a}" for a, text in self.calls[-1]])
+        numbers = {a: iter(self.rollout_rewards.get(a, [])) for a in set(answer)}
+        return [
+            1.0 if tiny.is_demonstration_text([text])[0] else next(numbers[a])
+            for a, text in zip(answer, texts, strict=True)
+        ]
+
+
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_only_failed_groups_get_demonstrations(model_path, tmp_path, is_chat):
+    """Three groups of four: one fails, one is just good enough, and one fails and has no trace."""
+    rows = tiny.addition_rows(3, lambda i: [] if i == 2 else [f"<think>\n{i} and 1</think>A{j}" for j in (1, 2)])
+    if is_chat:
+        rows = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
+    reward = ScoredRows({"1": [0.2, 0.3, 0.0, 0.1], "2": [0.0, 0.5, 0.1, 0.3], "3": [0.0] * 4})
+    trainer = LuffyTrainer(
+        model_path,
+        reward,
+        tiny.make_args(
+            tmp_path,
+            num_demonstrations=2,
+            demonstration_policy="on_failure",
+            failure_threshold=0.2,
+            gradient_accumulation_steps=3,
+            log_completions=True,
+        ),
+        Dataset.from_list(rows),
+    )
+    outputs = record_generation_batches(trainer)
+    generated = tiny.count_generated_rows(trainer.model)
+    trainer.train()
+
+    assert generated == [12]  # all slots, once
+    scored = [len(call) for call in reward.calls]
+    assert scored == [12, 2]  # each completion once: twelve rollouts, then two demonstrations
+    assert [answer for answer, _ in reward.calls[1]] == ["1", "1"]
+
+    tables = pd.read_parquet(tmp_path / "completions" / "completions_00001.parquet")
+    tables["answer"] = tables.seen_as.str[-1]
+    groups = dict(list(tables.groupby("answer")))
+    assert groups["1"].source.tolist() == ["demonstration"] * 2 + ["rollout"] * 2
+    assert groups["2"].source.tolist() == groups["3"].source.tolist() == ["rollout"] * 4
+    # rewards of the rows that are trained on; rollouts keep those that they have got
+    expected = {"1": [1.0, 1.0, 0.0, 0.1], "2": [0.0, 0.5, 0.1, 0.3], "3": [0.0] * 4}
+    for answer, rewards in expected.items():
+        assert groups[answer].scored_rows.tolist() == pytest.approx(rewards)
+        advantages = [r - sum(rewards) / 4 for r in rewards]
+        assert groups[answer].advantage.tolist() == pytest.approx(advantages)
+    # what a reward function wrote beside a completion stands beside that completion
+    texts = [c if isinstance(c, str) else c[-1]["content"] for c in tables.completion]
+    assert tables.seen_as.tolist() == [f"{t!r} for {a}" for t, a in zip(texts, tables.answer, strict=True)]
+
+    # the tokens are those of the traces, and the loss knows them for demonstrations
+    (output,) = outputs
+    tokenizer = tiny.make_tokenizer()
+    shown = output["completion_ids"][output["demonstration_mask"].any(1)]
+    assert sorted(tokenizer.batch_decode(shown, skip_special_tokens=True)) == [
+        f"<think>\n0 and 1</think>A{j}" for j in (1, 2)
+    ]
+    # metrics describe all twelve rollouts, those that were replaced too
+    log = trainer.state.log_history[0]
+    rollout_rewards = torch.tensor([0.2, 0.3, 0.0, 0.1, 0.0, 0.5, 0.1, 0.3, 0.0, 0.0, 0.0, 0.0])
+    assert log["reward"] == pytest.approx(rollout_rewards.mean().item(), abs=1e-6)
+    assert log["reward_std"] == pytest.approx(rollout_rewards.std().item(), abs=1e-6)
+    assert log["frac_reward_zero_std"] == pytest.approx(1 / 3)
+    assert log["on_policy/solve_none"] == pytest.approx(1 / 3)
+    assert log["demonstrations/reward"] == 1.0
+    assert log["completions/mean_length"] == pytest.approx(sum(reward.lengths[0]) / 12)
+
+
+def test_a_failed_group_continues_prefixes(model_path, tmp_path):
+    """Rollouts first, then what follows the prefixes of the groups that failed."""
+    trainer = LuffyTrainer(
+        model_path,
+        lambda completions, **kwargs: [0.0] * len(completions),
+        tiny.make_args(
+            tmp_path,
+            demonstration_policy="on_failure",
+            prefix_ratio_min=0.5,
+            prefix_ratio_max=0.5,
+            gradient_accumulation_steps=2,
+            max_completion_length=10,
+        ),
+        Dataset.from_list(tiny.addition_rows(2, lambda i: ["ABCDEFG"])),
+    )
+    outputs = record_generation_batches(trainer)
+    generated = tiny.count_generated_rows(trainer.model)
+    trainer.train()
+    assert generated == [8, 2]
+    (output,) = outputs
+    assert sorted(output["demonstration_mask"].sum(1).tolist()) == [0] * 6 + [4, 4]
+    texts = tiny.make_tokenizer().batch_decode(output["completion_ids"][output["demonstration_mask"].any(1)])
+    assert all(text.startswith("ABCD") and len(text) > 4 for text in texts)
+    assert output["completion_mask"].sum(1).max() <= 10
+
+
+def test_groups_of_two_processes_fail_apart(tmp_path):
+    """A group of four lies on two processes; one of them replaces two rows in one step, and the other none."""
+    ranks = tiny.launch("on_failure", tmp_path)
+    first, second = ranks
+    assert first["generated"] == second["generated"] == [2, 2]  # two rows each, in both steps
+    # Only the failing group shows its demonstrations, which are in slots 0 and 1 and thus on the first process
+    assert first["scored"] == [2, 2, 2] and second["scored"] == [2, 2]
+    assert first["log_history"] == second["log_history"]
+    (failed,) = [log for log in first["log_history"] if log.get("reward") == 0.0]
+    (good,) = [log for log in first["log_history"] if log.get("reward", 0.0) > 0.0]
+    assert failed["demonstrations/reward"] == 1.0 and "demonstrations/reward" not in good
+    assert sorted(map(tuple, first["advantages"])) == [(-0.5, -0.5, 0.5, 0.5), (0.0, 0.0, 0.0, 0.0)]
+
+
 # ---------------------------------------------------------------------------------------------- metrics
 
 
