@@ -16,18 +16,14 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from accelerate.logging import get_logger
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
-from trl.data_utils import is_conversational
 from trl.rewards import accuracy_reward, reasoning_accuracy_reward, think_format_reward
 
 from luffy_trl import LuffyConfig, LuffyTrainer
+from luffy_trl.data import load_data, without_long_prompts
 from luffy_trl.rewards import math_verify_reward
 
-
-logger = get_logger(__name__)
 
 REWARD_FUNCS = {
     "math_verify_reward": math_verify_reward,
@@ -87,50 +83,6 @@ class LuffyScriptArguments(ScriptArguments):
     )
 
 
-def load_data(name: str, split: str, config: str | None = None, streaming: bool = False) -> Dataset | IterableDataset:
-    """Loads a dataset from the Hub, a local folder or a single file."""
-    path = Path(name)
-    if path.is_dir() and any((path / file).exists() for file in ("state.json", "dataset_dict.json")):
-        dataset = load_from_disk(name)  # written by `save_to_disk`
-        return dataset[split] if isinstance(dataset, DatasetDict) else dataset
-    builders = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-    if path.suffix in builders:
-        if not path.is_file():
-            raise ValueError(f"There is no file {name!r}. Check `dataset_name` and `eval_dataset_names`.")
-        return load_dataset(builders[path.suffix], data_files=name, split="train", streaming=streaming)
-    return load_dataset(name, config, split=split, streaming=streaming)
-
-
-def without_long_prompts(
-    dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, args: LuffyConfig, max_length: int
-) -> Dataset | IterableDataset:
-    """Leaves out rows whose rendered prompt has more than `max_length` tokens, and says how many."""
-
-    # Only what the filter reads is in its fingerprint, so that another learning rate finds the cached result
-    chat_template_kwargs = args.chat_template_kwargs or {}
-
-    def fits(row):
-        prompt = row["prompt"]
-        if is_conversational({"prompt": prompt}):
-            ids = tokenizer.apply_chat_template(
-                prompt, add_generation_prompt=True, return_dict=False, **chat_template_kwargs
-            )
-        else:
-            ids = tokenizer(prompt)["input_ids"]
-        return len(ids) <= max_length
-
-    if isinstance(dataset, IterableDataset):
-        return dataset.filter(fits)
-    with args.main_process_first():
-        kept = dataset.filter(fits, desc="Measuring prompts")
-    if len(kept) < len(dataset):
-        logger.warning(
-            f"{len(dataset) - len(kept)} of {len(dataset)} rows have a prompt of more than {max_length} tokens and "
-            "are left out. Raise `max_prompt_length` to keep them."
-        )
-    return kept
-
-
 def get_reward_funcs(args: LuffyScriptArguments) -> list:
     reward_funcs = []
     for name in args.reward_funcs:
@@ -176,7 +128,9 @@ def main(script_args: LuffyScriptArguments, training_args: LuffyConfig, model_ar
     def load(name, split):
         dataset = load_data(name, split, script_args.dataset_config, script_args.dataset_streaming)
         if script_args.max_prompt_length is not None:
-            dataset = without_long_prompts(dataset, tokenizer, training_args, script_args.max_prompt_length)
+            dataset = without_long_prompts(
+                dataset, tokenizer, script_args.max_prompt_length, training_args.chat_template_kwargs
+            )
         return dataset
 
     train_dataset = load(script_args.dataset_name, script_args.dataset_train_split)

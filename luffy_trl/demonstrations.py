@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from datasets import Dataset, Features, IterableDataset, List, Value
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 from trl.data_utils import is_conversational
 
 
@@ -275,6 +275,51 @@ def without_doubled_think(prompt_text: str, trace: str) -> str:
     return trace
 
 
+def load_generation_config(model_name_or_path: str, **kwargs) -> GenerationConfig:
+    """
+    Loads the generation config of a model, without the model.
+
+    Args:
+        model_name_or_path (`str`):
+            A model on the Hub, or a local folder.
+        **kwargs:
+            Passed to `from_pretrained`: `revision`, `trust_remote_code`.
+
+    Returns:
+        [`~transformers.GenerationConfig`]: Its generation config, or what transformers makes where it has none.
+    """
+    try:
+        return GenerationConfig.from_pretrained(model_name_or_path, **kwargs)
+    except OSError:
+        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(model_name_or_path, **kwargs))
+
+
+def find_eos_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig) -> list[int]:
+    """
+    The tokens that end a completion, as [`~trl.GRPOTrainer`] finds them.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The policy's tokenizer.
+        generation_config ([`~transformers.GenerationConfig`]):
+            The policy's generation config.
+
+    Returns:
+        `list[int]`: Token ids, the tokenizer's own first.
+
+    Raises:
+        ValueError: If the tokenizer has no end-of-sequence token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "`processing_class` has no end-of-sequence token, so demonstrations could not end. Set "
+            "`tokenizer.eos_token` to the token that ends a completion."
+        )
+    ids = generation_config.eos_token_id
+    ids = [ids] if isinstance(ids, int) else ids or []
+    return [tokenizer.eos_token_id, *(token_id for token_id in ids if token_id != tokenizer.eos_token_id)]
+
+
 def tokenize_demonstrations(
     dataset: Dataset | IterableDataset,
     tokenizer: PreTrainedTokenizerBase,
@@ -341,6 +386,55 @@ def tokenize_demonstrations(
             desc="Tokenizing demonstrations",
         )
     return dataset
+
+
+def to_supervised(
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> Dataset | IterableDataset:
+    """
+    Turns tokenized demonstrations into rows for [`~trl.SFTTrainer`]: the tokens that LUFFY shows, a trace a row.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            What [`tokenize_demonstrations`] returns.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The policy's tokenizer.
+        chat_template_kwargs (`dict`, *optional*):
+            Passed to the chat template.
+
+    Returns:
+        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: Rows of `input_ids` (prompt and trace), `labels` (-100
+        on the prompt) and `demonstration_row` (the number of the row that the trace came from).
+    """
+    chat_template_kwargs = dict(chat_template_kwargs or {})
+
+    def expand(rows):
+        if is_conversational({"prompt": rows["prompt"][0]}):
+            all_prompt_ids = tokenizer.apply_chat_template(
+                rows["prompt"], add_generation_prompt=True, return_dict=False, **chat_template_kwargs
+            )
+        else:
+            all_prompt_ids = tokenizer(rows["prompt"])["input_ids"]
+        shown = [
+            (prompt_ids, ids, number)
+            for prompt_ids, traces, number in zip(
+                all_prompt_ids, rows["demonstration_ids"], rows["demonstration_row"], strict=True
+            )
+            for ids in traces
+        ]
+        return {
+            "input_ids": [prompt_ids + ids for prompt_ids, ids, _ in shown],
+            "labels": [[-100] * len(prompt_ids) + ids for prompt_ids, ids, _ in shown],
+            "demonstration_row": [number for _, _, number in shown],
+        }
+
+    names = dataset.column_names or list(next(iter(dataset)))
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(expand, batched=True, remove_columns=names)
+    with PartialState().main_process_first():
+        return dataset.map(expand, batched=True, remove_columns=names, desc="Joining prompts and traces")
 
 
 @dataclass(frozen=True)

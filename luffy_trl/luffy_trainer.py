@@ -29,9 +29,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoProcessor,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -45,7 +43,14 @@ from trl.trainer import grpo_trainer
 from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
 from trl.trainer.utils import get_config_model_id, nanmax, nanmin, nanstd
 
-from .demonstrations import DEMONSTRATION_COLUMNS, Demonstration, choose_demonstrations, tokenize_demonstrations
+from .demonstrations import (
+    DEMONSTRATION_COLUMNS,
+    Demonstration,
+    choose_demonstrations,
+    find_eos_token_ids,
+    load_generation_config,
+    tokenize_demonstrations,
+)
 from .losses import Shaping, group_advantages, importance_ratio, mixed_policy_loss, sft_coefficient
 from .luffy_config import LuffyConfig
 from .model_card import save_model_card
@@ -167,14 +172,17 @@ class LuffyTrainer(GRPOTrainer):
                 )
         if args.num_demonstrations > 0:
             if isinstance(model, str):
-                try:
-                    generation_config = GenerationConfig.from_pretrained(model_id, **load_options)
-                except OSError:  # a model without the file, for which transformers makes one
-                    config = AutoConfig.from_pretrained(model_id, **load_options)
-                    generation_config = GenerationConfig.from_model_config(config)
+                generation_config = load_generation_config(model_id, **load_options)
             else:
                 generation_config = model.generation_config
-            train_dataset = _add_demonstrations(train_dataset, processing_class, generation_config, args)
+            train_dataset = tokenize_demonstrations(
+                train_dataset,
+                processing_class,
+                find_eos_token_ids(processing_class, generation_config),
+                max_length=args.max_completion_length,
+                overflow=args.demonstration_overflow,
+                chat_template_kwargs=args.chat_template_kwargs,
+            )
 
         super().__init__(
             model=model,
@@ -705,29 +713,3 @@ class LuffyTrainer(GRPOTrainer):
         """
         if self.is_world_process_zero():
             save_model_card(self, model_name, dataset_name, tags)
-
-
-def _add_demonstrations(
-    train_dataset: Dataset | IterableDataset,
-    processing_class: PreTrainedTokenizerBase,
-    generation_config: GenerationConfig,
-    args: LuffyConfig,
-) -> Dataset | IterableDataset:
-    """Checks the tokenizer, and tokenizes the traces."""
-    if processing_class.eos_token_id is None:
-        raise ValueError(
-            "`processing_class` has no end-of-sequence token, so demonstrations could not end. Set "
-            "`tokenizer.eos_token` to the token that ends a completion."
-        )
-    # The tokens that end a completion, as GRPOTrainer finds them; the tokenizer's own comes first
-    eos_token_ids = generation_config.eos_token_id
-    eos_token_ids = [eos_token_ids] if isinstance(eos_token_ids, int) else eos_token_ids or []
-    eos_token_ids = [processing_class.eos_token_id, *(i for i in eos_token_ids if i != processing_class.eos_token_id)]
-    return tokenize_demonstrations(
-        train_dataset,
-        processing_class,
-        eos_token_ids,
-        max_length=args.max_completion_length,
-        overflow=args.demonstration_overflow,
-        chat_template_kwargs=args.chat_template_kwargs,
-    )
