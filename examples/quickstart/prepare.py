@@ -18,7 +18,7 @@ import argparse
 import json
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -144,7 +144,10 @@ def sample_document(rng: random.Random, config: WarmUpConfig) -> tuple[str, str]
 
 
 def sample_batches(
-    tokenizer: Qwen2Tokenizer, config: WarmUpConfig, excluded_prompts: set[str]
+    tokenizer: Qwen2Tokenizer,
+    config: WarmUpConfig,
+    excluded_prompts: set[str],
+    sample_document: Callable[[random.Random, WarmUpConfig], tuple[str, str]] = sample_document,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """
     Draws batches of documents of similar length, without end.
@@ -153,6 +156,7 @@ def sample_batches(
         tokenizer ([`~transformers.Qwen2Tokenizer`]): Tokenizer.
         config (`WarmUpConfig`): Settings of the warm-up.
         excluded_prompts (`set[str]`): Prompts that must not be drawn.
+        sample_document (`Callable`, *optional*): What draws a document; that of another task for another task.
 
     Yields:
         `tuple[torch.Tensor, torch.Tensor]`: Token ids, and labels with -100 on context and padding.
@@ -188,7 +192,11 @@ def sample_batches(
 
 
 def warm_up(
-    model: PreTrainedModel, tokenizer: Qwen2Tokenizer, config: WarmUpConfig, excluded_prompts: set[str]
+    model: PreTrainedModel,
+    tokenizer: Qwen2Tokenizer,
+    config: WarmUpConfig,
+    excluded_prompts: set[str],
+    sample_document: Callable[[random.Random, WarmUpConfig], tuple[str, str]] = sample_document,
 ) -> None:
     """
     Trains the model on documents of the warm-up, in place.
@@ -198,12 +206,13 @@ def warm_up(
         tokenizer ([`~transformers.Qwen2Tokenizer`]): Tokenizer.
         config (`WarmUpConfig`): Settings of the warm-up.
         excluded_prompts (`set[str]`): Prompts that must not be trained on.
+        sample_document (`Callable`, *optional*): What draws a document; that of another task for another task.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 50, 1 - step / config.num_steps)
     )
-    batches = sample_batches(tokenizer, config, excluded_prompts)
+    batches = sample_batches(tokenizer, config, excluded_prompts, sample_document)
     model.train()
     progress = tqdm(range(config.num_steps), desc="Warm-up")
     for step in progress:
