@@ -8,7 +8,12 @@ from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 from transformers import Qwen2Tokenizer
 
 from luffy_trl import LuffyTrainer
-from luffy_trl.demonstrations import choose_demonstrations, tokenize_demonstrations, without_doubled_think
+from luffy_trl.demonstrations import (
+    choose_demonstrations,
+    to_supervised,
+    tokenize_demonstrations,
+    without_doubled_think,
+)
 
 
 EOS = "<|im_end|>"
@@ -391,3 +396,42 @@ def test_log_probabilities_of_the_author():
 def test_log_probabilities_that_do_not_fit(logprobs, message):
     with pytest.raises(ValueError, match=message):
         tokenized([{"prompt": "1", "demonstrations": ["2"], "demonstration_logprobs": logprobs}])
+
+
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_supervised_rows_are_what_luffy_shows(tmp_path, is_chat):
+    """Prompt and trace of a row for SFT are the tokens of a demonstration's row in training."""
+    prompts = [user("1+1=") if is_chat else "1+1=", user("22+2=") if is_chat else "22+2="]
+    traces = [["2", "two"], ["<think>24</think>24"]]
+    rows = [{"prompt": p, "demonstrations": d} for p, d in zip(prompts, traces, strict=True)]
+    path = tiny.save_tiny_model(tmp_path / "model", chat_template=tiny.THINKING_CHATML)
+    tokenizer = Qwen2Tokenizer.from_pretrained(path)
+    supervised = to_supervised(tokenized(rows, tokenizer), tokenizer)
+    assert supervised["demonstration_row"] == [0, 0, 1]
+    for ids, labels in zip(supervised["input_ids"], supervised["labels"], strict=True):
+        num_prompt_tokens = labels.count(-100)
+        assert labels == [-100] * num_prompt_tokens + ids[num_prompt_tokens:] and 0 < num_prompt_tokens < len(ids)
+
+    args = tiny.make_args(tmp_path / "out", num_demonstrations=2, gradient_accumulation_steps=2, max_steps=1)
+    trainer = LuffyTrainer(path, tiny.share_of_digits, args, Dataset.from_list(rows), processing_class=tokenizer)
+    shown, compute_loss = [], trainer._compute_loss
+
+    def recording(model, inputs):
+        for i in inputs["demonstration_mask"].any(1).nonzero().flatten():
+            parts = [inputs[f"{part}_ids"][i][inputs[f"{part}_mask"][i].bool()] for part in ("prompt", "completion")]
+            shown.append([ids.tolist() for ids in parts])
+        return compute_loss(model, inputs)
+
+    trainer._compute_loss = recording
+    trainer.train()
+    assert sorted(prompt + completion for prompt, completion in shown) == sorted(supervised["input_ids"])
+    assert {len(prompt) for prompt, _ in shown} == {labels.count(-100) for labels in supervised["labels"]}
+
+
+def test_supervised_rows_of_a_stream():
+    rows = [{"prompt": "1+1=", "demonstrations": ["2", "two"]}, {"prompt": "2+2=", "demonstrations": []}]
+    tokenizer = tiny.make_tokenizer()
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    stream = tokenize_demonstrations(stream, tokenizer, [tokenizer.eos_token_id], max_length=64)
+    expected = to_supervised(tokenized(rows), tokenizer).to_list()
+    assert list(to_supervised(stream, tokenizer)) == expected and len(expected) == 2

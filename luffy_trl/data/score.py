@@ -159,7 +159,7 @@ def main(args: ScoreArguments):
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
     teacher_tokenizer = AutoTokenizer.from_pretrained(args.teacher_name_or_path)
     teacher_vocab = teacher_tokenizer.get_vocab()
-    unlike = [token for token, number in tokenizer.get_vocab().items() if teacher_vocab.get(token, number) != number]
+    unlike = sorted(t for t, number in tokenizer.get_vocab().items() if teacher_vocab.get(t, number) != number)
     if unlike:
         raise ValueError(
             f"`teacher_name_or_path` numbers {len(unlike)} tokens unlike the policy, such as {unlike[0]!r}. Use a "
