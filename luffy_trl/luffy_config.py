@@ -80,7 +80,8 @@ class LuffyConfig(GRPOConfig):
     `scale_rewards` and, as in TRL, `beta=0.0`), and adds the ones below. Batch sizes, schedules and optimizer settings
     of the paper are not defaults; they are in `examples/configs/qwen2.5_math_7b.yaml`.
 
-    `num_demonstrations=0` together with `ratio_clipping="on_policy"` is plain GRPO, whatever TRL option is set.
+    `num_demonstrations=0` together with `ratio_clipping="on_policy"` and `length_aware_batching=False` is plain GRPO,
+    whatever TRL option is set.
 
     Parameters:
         loss_type (`str`, *optional*, defaults to `"dr_grpo"`):
@@ -164,6 +165,13 @@ class LuffyConfig(GRPOConfig):
         prefix_schedule_steps (`int`, *optional*):
             Number of updates that `"linear"`, `"cosine"` and `"reverse_linear"` take (`prefix_steps` of the released
             code).
+        length_aware_batching (`bool`, *optional*, defaults to `True`):
+            Whether to sort the sequences of an optimizer step by length into `gradient_accumulation_steps`
+            micro-batches of any number of rows, each padded to its own longest completion only. Losses are divided by
+            what the optimizer step has over all processes, so that the gradient does not depend on the cut; `"bnpo"`
+            and the entropy bonus are means over the micro-batch in TRL, and over the optimizer step then. `False` is
+            TRL's cut, to the last bit. It needs a `steps_per_generation` that is a multiple of
+            `gradient_accumulation_steps`.
         demonstration_loss (`str`, *optional*, defaults to `"policy_gradient"`):
             `"policy_gradient"` is LUFFY. `"sft"` is the paper's baseline "RL w/ SFT loss" (`use_sft_multitask_loss` of
             the released code): the policy gradient covers rollouts alone, and `sft_loss_coef` times the mean
@@ -336,6 +344,14 @@ class LuffyConfig(GRPOConfig):
         default=None,
         metadata={"help": "Number of updates that 'linear', 'cosine' and 'reverse_linear' take."},
     )
+    length_aware_batching: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether to sort the sequences of an optimizer step by length into gradient_accumulation_steps "
+            "micro-batches of any number of rows, each padded to its own longest completion only. False is TRL's cut, "
+            "to the last bit. It needs a steps_per_generation that is a multiple of gradient_accumulation_steps."
+        },
+    )
     demonstration_loss: str = field(
         default="policy_gradient",
         metadata={
@@ -380,7 +396,7 @@ class LuffyConfig(GRPOConfig):
     @property
     def is_plain_grpo(self) -> bool:
         """Whether this is GRPO without a change, for which the trainer leaves the loss to TRL."""
-        return self.num_demonstrations == 0 and self.ratio_clipping == "on_policy"
+        return self.num_demonstrations == 0 and self.ratio_clipping == "on_policy" and not self.length_aware_batching
 
     def __post_init__(self):
         super().__post_init__()
@@ -444,9 +460,15 @@ class LuffyConfig(GRPOConfig):
         if self.demonstration_loss == "sft":
             self._check_sft()
 
-        if self.is_plain_grpo:
-            self._check_plain_grpo()
-        else:
+        if self.length_aware_batching and self.steps_per_generation % self.gradient_accumulation_steps != 0:
+            raise ValueError(
+                "`length_aware_batching=True` sorts the sequences of an optimizer step, and `steps_per_generation` "
+                f"({self.steps_per_generation}) is no multiple of `gradient_accumulation_steps` "
+                f"({self.gradient_accumulation_steps}). Change one of them, or set `length_aware_batching=False`."
+            )
+        if self.num_demonstrations == 0 and self.ratio_clipping == "on_policy":
+            self._check_grpo()
+        if not self.is_plain_grpo:
             self._check_trl_options()
         if self.num_demonstrations == 0:
             without_effect = [name for name in _DEMONSTRATION_OPTIONS if self._is_set(name)]
@@ -466,12 +488,16 @@ class LuffyConfig(GRPOConfig):
             value = getattr(self, f.name)
             if f.name in inherited or f.type is str or (value is None and f.default is None):
                 continue
+            if f.type is bool:
+                if not isinstance(value, bool):
+                    raise ValueError(f"`{f.name}` must be True or False, got {value!r}.")
+                continue
             is_integer = f.type in (int, int | None)
             if isinstance(value, bool) or not isinstance(value, int if is_integer else int | float) or value != value:
                 kind = "a whole number" if is_integer else "a number"
                 raise ValueError(f"`{f.name}` must be {kind}, got {value!r}.")
 
-    def _check_plain_grpo(self):
+    def _check_grpo(self):
         for name in ("on_policy_shaping", "max_token_prob", "rollout_advantage_weight"):
             if self._is_set(name):
                 raise ValueError(
@@ -517,17 +543,19 @@ class LuffyConfig(GRPOConfig):
         if self.loss_type not in _LOSS_TYPES:
             raise ValueError(
                 f"`loss_type={self.loss_type!r}` is not supported with `num_demonstrations={self.num_demonstrations}` "
-                f"and `ratio_clipping={self.ratio_clipping!r}`. Choose one of {', '.join(map(repr, _LOSS_TYPES))}."
+                f"and `ratio_clipping={self.ratio_clipping!r}`. Choose one of {', '.join(map(repr, _LOSS_TYPES))}, or "
+                "train plain GRPO with `num_demonstrations=0`, `ratio_clipping='on_policy'` and "
+                "`length_aware_batching=False`."
             )
         for name, (value, reason) in _REFUSED_WITH_DEMONSTRATIONS.items():
             if getattr(self, name) != value:
                 if self.num_demonstrations == 0:
-                    reason = "only plain GRPO has it"
+                    reason = "only plain GRPO in TRL's micro-batches has it"
                 raise ValueError(
                     f"`{name}={getattr(self, name)!r}` is not supported with "
                     f"`num_demonstrations={self.num_demonstrations}` and `ratio_clipping={self.ratio_clipping!r}`: "
-                    f"{reason}. Set `{name}={value!r}`, or train plain GRPO with `num_demonstrations=0` and "
-                    "`ratio_clipping='on_policy'`."
+                    f"{reason}. Set `{name}={value!r}`, or train plain GRPO with `num_demonstrations=0`, "
+                    "`ratio_clipping='on_policy'` and `length_aware_batching=False`."
                 )
         if self.use_vllm and self.num_demonstrations > 0 and "seed" in (self.generation_kwargs or {}):
             raise ValueError(

@@ -8,7 +8,8 @@ LUFFY (arXiv 2504.14945) on TRL's GRPOTrainer. What differs from GRPO, in the or
    `demonstration_policy="on_failure"` it samples all of them, and `_generate` replaces k in each group that fails.
 3. `_calculate_rewards` scores both alike. TRL gets to see the rollouts' rewards only: its metrics skip what is NaN.
 4. The advantages are those of the mixed group (`losses.group_advantages`).
-5. `_compute_loss` shapes the ratio of demonstration tokens (`losses.mixed_policy_loss`); the rest of it (loss types,
+5. `_prepare_inputs` sorts the sequences of an optimizer step into micro-batches by length (`batching.rebatch`).
+6. `_compute_loss` shapes the ratio of demonstration tokens (`losses.mixed_policy_loss`); the rest of it (loss types,
    KL, entropy bonus, metrics) is TRL's, with every TRL metric taken over rollout tokens.
 
 The metrics `demonstrations/*` and `on_policy/*` are kept as sums and divided when they are logged, so that processes
@@ -20,9 +21,11 @@ These are private methods of TRL 1.16, which is why luffy-trl pins its minor ver
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import requests
 import torch
 import torch.distributed
 from accelerate.utils import broadcast_object_list, gather_object
@@ -35,6 +38,7 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
 )
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.chat_template_utils import parse_response
 from trl.data_utils import is_conversational
@@ -43,6 +47,7 @@ from trl.trainer import grpo_trainer
 from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
 from trl.trainer.utils import get_config_model_id, nanmax, nanmin, nanstd
 
+from .batching import rebatch
 from .demonstrations import (
     DEMONSTRATION_COLUMNS,
     Demonstration,
@@ -54,6 +59,7 @@ from .demonstrations import (
 from .losses import Shaping, group_advantages, importance_ratio, mixed_policy_loss, sft_coefficient
 from .luffy_config import LuffyConfig
 from .model_card import save_model_card
+from .resuming import ResumableRepeatSampler, find_last_checkpoint, load_generation, save_generation
 
 
 _SUMMED_METRICS = (
@@ -63,6 +69,12 @@ _SUMMED_METRICS = (
     "demonstrations/ratio",
     "demonstrations/fraction",
     "on_policy/loss",
+    # TRL's own, with `length_aware_batching`
+    "entropy",
+    "kl",
+    "clip_ratio/low_mean",
+    "clip_ratio/high_mean",
+    "clip_ratio/region_mean",
 )
 
 
@@ -152,8 +164,8 @@ class LuffyTrainer(GRPOTrainer):
                 if value:
                     raise ValueError(
                         f"`{name}` is not supported together with demonstrations: a trace from the dataset has not "
-                        f"interacted with it. Remove `{name}`, or train plain GRPO (`num_demonstrations=0` with "
-                        "`ratio_clipping='on_policy'`)."
+                        f"interacted with it. Remove `{name}`, or train plain GRPO (`num_demonstrations=0`, "
+                        "`ratio_clipping='on_policy'`, `length_aware_batching=False`)."
                     )
             # Everything that can be wrong with the tokenizer and the data is found before a model is loaded.
             load_options = {
@@ -167,7 +179,7 @@ class LuffyTrainer(GRPOTrainer):
             if isinstance(processing_class, ProcessorMixin):
                 raise ValueError(
                     "`processing_class` is a multimodal processor, and image prompts are supported by plain GRPO only "
-                    "(`num_demonstrations=0` with `ratio_clipping='on_policy'`). Pass "
+                    "(`num_demonstrations=0`, `ratio_clipping='on_policy'`, `length_aware_batching=False`). Pass "
                     "`processing_class=AutoTokenizer.from_pretrained(...)` to train on text."
                 )
         if args.num_demonstrations > 0:
@@ -200,6 +212,12 @@ class LuffyTrainer(GRPOTrainer):
             rollout_func=rollout_func,
             environment_factory=environment_factory,
         )
+        if args.length_aware_batching and self.aux_loss_enabled:
+            raise ValueError(
+                "`length_aware_batching=True` makes micro-batches of unlike size, over which the load-balancing loss of a "
+                "mixture of experts has no mean. Set `length_aware_batching=False`, or leave that loss out with "
+                "`output_router_logits=False` in the model's config."
+            )
         if args.demonstration_policy == "on_failure" and self._is_sharded:
             reward_models = [
                 name
@@ -255,6 +273,102 @@ class LuffyTrainer(GRPOTrainer):
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         self._signature_columns += [name for name in DEMONSTRATION_COLUMNS if name not in self._signature_columns]
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
+        """
+        As in [`~transformers.Trainer`], but that `resume_from_checkpoint=True` passes over a checkpoint that was not
+        written to its end, and that a resumed run continues within a generation batch.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                Path of a checkpoint, or `True` for the last one in `args.output_dir`.
+            trial, ignore_keys_for_eval:
+                As in [`~transformers.Trainer`].
+
+        Returns:
+            [`~transformers.trainer_utils.TrainOutput`]: The result.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = find_last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"`output_dir` {self.args.output_dir!r} has no complete checkpoint to resume from. Train without "
+                    "`resume_from_checkpoint`, or give the path of one."
+                )
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> ResumableRepeatSampler:
+        sampler = super()._get_train_sampler(dataset)
+        return ResumableRepeatSampler(
+            data_source=sampler.data_source,
+            mini_repeat_count=sampler.mini_repeat_count,
+            batch_size=sampler.batch_size,
+            repeat_count=sampler.repeat_count,
+            shuffle=sampler.shuffle,
+            seed=sampler.seed,
+            count_epochs=lambda: int(self.state.epoch or 0),
+        )
+
+    def _save_checkpoint(self, model, trial):
+        if not self.args.save_only_model:
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            save_generation(self, folder)
+        super()._save_checkpoint(model, trial)
+
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ):
+        result = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if resume_from_checkpoint is not None:
+            load_generation(self, Path(resume_from_checkpoint))
+        return result
+
+    def _prepare_inputs(self, generation_batch):
+        inputs = super()._prepare_inputs(generation_batch)
+        if not self.model.training or not self.args.length_aware_batching:
+            return inputs
+        if "num_sequences" not in inputs:  # just generated
+            steps = self.args.gradient_accumulation_steps
+            rebatched = []
+            for start in range(0, len(self._buffered_inputs), steps):
+                micro_batches = self._buffered_inputs[start : start + steps]
+                num_sequences = torch.tensor(sum(len(batch["prompt_ids"]) for batch in micro_batches))
+                num_tokens = sum(batch["completion_mask"].sum() for batch in micro_batches)
+                for batch in rebatch(micro_batches, self.pad_to_multiple_of):
+                    rebatched.append({**batch, "num_sequences": num_sequences, "num_tokens": num_tokens})
+            # The mean over processes, whose gradients DDP averages
+            num_tokens = torch.stack([batch["num_tokens"] for batch in rebatched]).float()
+            num_tokens = self.accelerator.reduce(num_tokens, "mean")
+            self._buffered_inputs = [
+                {**batch, "num_tokens": count} for batch, count in zip(rebatched, num_tokens, strict=True)
+            ]
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, *args, **kwargs
+    ):
+        is_text = not args and all(value is None for value in kwargs.values())
+        if not (self.args.length_aware_batching and batch_size is not None and is_text):
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, *args, **kwargs
+            )
+        # Old and reference log-probs, over the whole generation batch: as many forward passes, each of its own width
+        num_prompt_tokens = input_ids.size(1) - logits_to_keep
+        lengths = attention_mask[:, num_prompt_tokens:].sum(1)
+        all_logps = None
+        for rows in lengths.argsort(descending=True).split(batch_size):
+            prompt = int(attention_mask[rows, :num_prompt_tokens].sum(1).max())
+            completion = int(lengths[rows].max().clamp(min=1))
+            columns = slice(num_prompt_tokens - prompt, num_prompt_tokens + completion)
+            logps, _, _ = super()._get_per_token_logps_and_entropies(
+                model, input_ids[rows, columns], attention_mask[rows, columns], completion
+            )
+            if all_logps is None:
+                all_logps = logps.new_zeros(len(input_ids), logits_to_keep)
+            all_logps[rows, :completion] = logps
+        return all_logps, None, None
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor | Any]:
         mode = "train" if self.model.training else "eval"
@@ -383,10 +497,18 @@ class LuffyTrainer(GRPOTrainer):
             metrics["sampling/importance_sampling_ratio/max"][-1] = nanmax(highest).item()
 
     def _generate(self, prompts: list):
-        result = super()._generate(prompts)
-        if self._fallback is not None:
-            self._replace_failures(prompts, *result[:2], *result[3:5])
-        elif self._is_demonstration.any():
+        try:
+            result = super()._generate(prompts)
+            has_fallback = self._fallback is not None
+            if has_fallback:
+                self._replace_failures(prompts, *result[:2], *result[3:5])
+        except requests.RequestException as error:
+            raise RuntimeError(
+                f"The vLLM server was lost while completions for update {self.state.global_step + 1} were generated "
+                f"({error}). Start it again, and resume from the last checkpoint in {self.args.output_dir!r} with "
+                "`resume_from_checkpoint=True`."
+            ) from error
+        if self._is_demonstration.any() and not has_fallback:
             # TRL has just described all completions; these are the same formulas over the policy's own.
             metrics = self._metrics["train"]
             completion_ids = result[1]
@@ -621,13 +743,17 @@ class LuffyTrainer(GRPOTrainer):
             num_tokens = num_tokens.clamp(min=1.0) / self.accelerator.num_processes
             return num_tokens * accumulation_steps / self.args.steps_per_generation if mode == "train" else num_tokens
 
-        normalizer = 1.0 if self.loss_type == "dapo" else accumulation_steps  # "dapo" has it in its denominator
+        num_means = accumulation_steps  # TRL averages what it takes over micro-batches
+        num_sequences, num_tokens = mask.size(0), mask.sum().clamp(min=1.0)
+        if "num_sequences" in inputs:  # micro-batches are unlike, and divide by what the optimizer step has in all
+            num_means, num_sequences, num_tokens = 1.0, inputs["num_sequences"], inputs["num_tokens"].clamp(min=1.0)
+        normalizer = 1.0 if self.loss_type == "dapo" else num_means  # "dapo" has it in its denominator
         if self.loss_type == "grpo":
-            loss = ((per_token_loss * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).mean()
+            loss = ((per_token_loss * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).sum() / num_sequences
         elif self.loss_type == "bnpo":
-            loss = (per_token_loss * mask).sum() / mask.sum().clamp(min=1.0)
+            loss = (per_token_loss * mask).sum() / num_tokens
         elif self.loss_type == "dr_grpo":
-            loss = (per_token_loss * mask).sum() / (per_token_loss.size(0) * self.max_completion_length)
+            loss = (per_token_loss * mask).sum() / (num_sequences * self.max_completion_length)
         else:  # "dapo"
             loss = (per_token_loss * mask).sum() / per_update(inputs["num_items_in_batch"])
         if is_sft and mode == "train":  # the mean over the demonstration tokens of the update
@@ -641,11 +767,11 @@ class LuffyTrainer(GRPOTrainer):
             if self.args.sft_loss_combination == "interpolate":
                 loss = (1 - coefficient) * loss
             loss = loss + coefficient * sft_loss * normalizer
-        policy_loss = loss.detach()
+        policy_loss = loss.detach() * (accumulation_steps / num_means if self.loss_type != "dapo" else 1.0)
         loss = loss / normalizer
 
         if self._entropy_bonus_enabled:  # demonstration tokens included, as in the released code
-            entropy_loss = (entropies * mask).sum() / mask.sum().clamp(min=1.0) / accumulation_steps
+            entropy_loss = (entropies * mask).sum() / num_tokens / num_means
             loss = loss - self.entropy_coef * entropy_loss
             self._metrics[mode]["policy_loss"].append(self.accelerator.gather(policy_loss).nanmean().item())
             if mode == "train" and self.accelerator.sync_gradients:
@@ -654,15 +780,18 @@ class LuffyTrainer(GRPOTrainer):
             loss = loss + self.router_aux_loss_coef * aux_loss / accumulation_steps
             self._metrics[mode]["aux_loss"].append(self.accelerator.gather_for_metrics(aux_loss).mean().item())
 
-        self._log_rollout_means(mode, rollout_means, stats, rollout_mask, mask)
+        self._log_rollout_means(mode, rollout_means, stats, rollout_mask, mask, is_summed="num_sequences" in inputs)
         return loss
 
     def _sum(self, name: str, values: torch.Tensor, mask: torch.Tensor):
         """Adds to the (sum, count) from which `log` makes the metric `name`."""
         self._sums[name] = self._sums[name] + torch.stack([(values.detach() * mask).sum().float(), mask.sum().float()])
 
-    def _log_rollout_means(self, mode, means, stats, rollout_mask, mask):
-        """TRL's metrics of a micro-batch, over rollout tokens, with one reduction and one gather for all of them."""
+    def _log_rollout_means(self, mode, means, stats, rollout_mask, mask, is_summed):
+        """
+        TRL's metrics of a micro-batch, over rollout tokens. Where micro-batches are unlike they are summed until they are
+        logged; else they are means, as in TRL, with one reduction and one gather for all of them.
+        """
         low, high = stats["low_clipped"].float(), stats["high_clipped"].float()
         means = {
             **means,
@@ -670,6 +799,10 @@ class LuffyTrainer(GRPOTrainer):
             "clip_ratio/high_mean": high,
             "clip_ratio/region_mean": (stats["low_clipped"] | stats["high_clipped"]).float(),
         }
+        if is_summed:
+            for name, values in means.items():
+                self._sum(name, values, rollout_mask)
+            means = {}
         sums = [(values.detach() * rollout_mask).sum() for values in means.values()]
         counts = [rollout_mask.sum().float(), mask.sum().float()]
         *totals, num_rollout_tokens, num_tokens = self.accelerator.reduce(torch.stack([*sums, *counts]), "sum")

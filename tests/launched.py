@@ -2,13 +2,19 @@
 
 """What the tests run in several processes: `accelerate launch tests/launched.py FUNCTION OUTPUT_DIR`."""
 
+import itertools
+import json
 import os
+import random
+import signal
 import sys
 from pathlib import Path
 
+import cpu_engines
 import tiny
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import TrainerCallback
 
 from luffy_trl import LuffyTrainer
@@ -31,7 +37,7 @@ def record_micro_batches(trainer):
     micro_batches, compute_loss = [], trainer._compute_loss
 
     def recording(model, inputs):
-        micro_batches.append({key: value.clone() for key, value in inputs.items()})
+        micro_batches.append({key: value.clone() for key, value in inputs.items() if value is not None})
         return compute_loss(model, inputs)
 
     trainer._compute_loss = recording
@@ -62,9 +68,9 @@ def count(output_dir):
 
 
 def gradients(output_dir):
-    """Two updates for each generation, each of two micro-batches, for every loss type."""
+    """Two updates for each generation, each of two micro-batches, for every loss type and both cuts."""
     results = {}
-    for loss_type in ("dr_grpo", "grpo", "bnpo", "dapo"):
+    for loss_type, is_length_aware in itertools.product(("dr_grpo", "grpo", "bnpo", "dapo"), (True, False)):
         recorder = Recorder()
         trainer = LuffyTrainer(
             str(output_dir / "model"),
@@ -72,6 +78,7 @@ def gradients(output_dir):
             tiny.make_args(
                 output_dir / "out",
                 loss_type=loss_type,
+                length_aware_batching=is_length_aware,
                 gradient_accumulation_steps=2,
                 steps_per_generation=4,
                 max_steps=4,
@@ -84,7 +91,7 @@ def gradients(output_dir):
         )
         micro_batches = record_micro_batches(trainer)
         trainer.train()
-        results[loss_type] = {
+        results[loss_type, is_length_aware] = {
             "weights": recorder.weights,
             "gradients": recorder.gradients,
             "micro_batches": micro_batches,
@@ -151,6 +158,101 @@ def on_failure(output_dir):
     return {"scored": scored, "generated": generated, "advantages": advantages, "log_history": records}
 
 
+class KillAt(TrainerCallback):
+    """Ends the process as a power cut would, in the middle of an update."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def resumable(output_dir):
+    """Ten updates with several traces for each row; `KILL_AT` kills the run, and `RESUME` resumes it."""
+    kinds = {
+        "prefixes": {
+            "prefix_ratio_min": 0.2,
+            "prefix_ratio_max": 0.9,
+            "prefix_schedule": "cosine",
+            "prefix_schedule_steps": 9,
+            "demonstration_probability": 0.8,
+        },
+        "on_failure": {"demonstration_policy": "on_failure", "failure_threshold": 0.5},
+    }
+    num_processes = int(os.environ.get("WORLD_SIZE", 1))
+    trainer = LuffyTrainer(
+        str(output_dir / "model"),
+        tiny.share_of_digits,
+        tiny.make_args(
+            output_dir / "out",
+            per_device_train_batch_size=4 // num_processes,
+            gradient_accumulation_steps=2,
+            steps_per_generation=4,
+            num_demonstrations=2,
+            max_steps=10,
+            save_strategy="steps",
+            save_steps=5,
+            adam_beta2=0.9,
+            **kinds[os.environ["RESUMED_KIND"]],
+        ),
+        # Two generation batches of four rows make an epoch, so it has four updates; two rows are left over
+        Dataset.from_list(tiny.addition_rows(10, lambda i: [f"A{i}{j}" for j in range(4)])),
+        callbacks=[KillAt(int(os.environ["KILL_AT"]))] if "KILL_AT" in os.environ else None,
+    )
+    trainer.train(resume_from_checkpoint=True if "RESUME" in os.environ else None)
+
+
+def canned(output_dir):
+    """
+    Three updates on two groups each, with rollouts that depend on prompt and slot alone, so that nothing is sampled.
+
+    `PER_DEVICE` says how many rows a process holds in a micro-batch, `CANNED_OPTIONS` what else is to be set.
+    """
+    options = json.loads(os.environ.get("CANNED_OPTIONS", "{}"))
+    peft_config = LoraConfig(target_modules=["q_proj", "v_proj"], r=4) if options.pop("lora", False) else None
+    args = tiny.make_args(
+        output_dir / "out",
+        **{
+            "per_device_train_batch_size": int(os.environ["PER_DEVICE"]),
+            "gradient_accumulation_steps": 2,
+            "num_demonstrations": 2,
+            "max_steps": 3,
+            "use_cpu": False,  # FSDP and DeepSpeed would be left out silently
+            **options,
+        },
+    )
+    torch.manual_seed(0)  # LoRA's weights
+    trainer = LuffyTrainer(
+        str(output_dir / "model"),
+        tiny.share_of_digits,
+        args,
+        Dataset.from_list(tiny.addition_rows(6, lambda i: [f"A{i}", f"B{i}{i}C"][: 1 + i % 2])),
+        peft_config=peft_config,
+    )
+    generated = []
+
+    def answer(prompt_ids, completion_ids, logps, sampled):
+        generated.append(len(sampled))
+        for i in sampled:
+            slot = (trainer._local_rows.start + i) % trainer.num_generations
+            rng = random.Random(f"{prompt_ids[i]}-{slot}")
+            completion_ids[i] += [rng.randrange(6, 90) for _ in range(rng.randrange(2, 15))]
+
+    trainer._continue = answer
+    trainer.train()
+    trainer.save_model(str(output_dir / "saved"))
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    return {
+        "generated": generated,
+        "engine": f"zero{plugin.zero_stage}" if plugin else "fsdp" if trainer.is_fsdp_enabled else "ddp",
+        "log_history": trainer.state.log_history,
+    }
+
+
 if __name__ == "__main__":
+    if "PRETEND" in os.environ:
+        cpu_engines.pretend()
     name, folder = sys.argv[1], Path(sys.argv[2])
-    torch.save(globals()[name](folder), folder / f"{name}_{os.environ['RANK']}.pt")
+    torch.save(globals()[name](folder), folder / f"{name}_{os.environ.get('RANK', 0)}.pt")

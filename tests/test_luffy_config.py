@@ -78,6 +78,12 @@ def test_only_the_algorithms_defaults_differ_from_grpo():
             {"use_vllm": True, "generation_kwargs": {"seed": 1}},
             "A `seed` in `generation_kwargs` would make all rollouts",
         ),
+        ({"length_aware_batching": "yes"}, "`length_aware_batching` must be True or False, got 'yes'"),
+        (
+            {"gradient_accumulation_steps": 2, "steps_per_generation": 3},
+            "`steps_per_generation` (3) is no multiple of `gradient_accumulation_steps` (2)",
+        ),
+        ({"num_demonstrations": 0, "ratio_clipping": "on_policy", "delta": 2.0}, "and `length_aware_batching=False`"),
         ({"num_demonstrations": "1"}, "`num_demonstrations` must be a whole number, got '1'"),
         ({"num_demonstrations": 1.5}, "`num_demonstrations` must be a whole number, got 1.5"),
         ({"policy_shaping_gamma": "0.1"}, "`policy_shaping_gamma` must be a number, got '0.1'"),
@@ -109,7 +115,8 @@ def test_refused_options(tmp_path, options, message):
     "options", [{"loss_type": "cispo"}, {"delta": 2.0}, {"top_entropy_quantile": 0.2}, {"epsilon": 0.3}]
 )
 def test_plain_grpo_takes_every_option_of_trl(tmp_path, options):
-    tiny.make_args(tmp_path, num_demonstrations=0, ratio_clipping="on_policy", **options)
+    own = {"num_demonstrations": 0, "ratio_clipping": "on_policy", "length_aware_batching": False}
+    assert tiny.make_args(tmp_path, **own, **options).is_plain_grpo
 
 
 def test_options_without_effect_are_named(tmp_path):

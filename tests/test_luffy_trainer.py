@@ -3,6 +3,7 @@
 """The trainer: that it is GRPO where it should be, and LUFFY, computed another way, where it should not."""
 
 import inspect
+import itertools
 import math
 
 import pandas as pd
@@ -169,6 +170,7 @@ def test_without_demonstrations_it_is_stock_grpo_bit_for_bit(model_path, tmp_pat
             rows,
             num_demonstrations=num_demonstrations,
             ratio_clipping="on_policy",
+            length_aware_batching=False,
             **kwargs,
         )
         for name, value in weights.items():
@@ -195,14 +197,17 @@ def test_other_options_of_trl_are_bit_for_bit_too(model_path, tmp_path, options)
     expected = final_weights(
         GRPOTrainer, GRPOConfig, loss_type="grpo", **({} if "scale_rewards" in options else {"scale_rewards": "none"})
     )
-    weights = final_weights(LuffyTrainer, LuffyConfig, loss_type="grpo", ratio_clipping="on_policy")
+    own = {"ratio_clipping": "on_policy", "length_aware_batching": False}
+    weights = final_weights(LuffyTrainer, LuffyConfig, loss_type="grpo", **own)
     assert all(torch.equal(expected[name], weights[name]) for name in expected)
 
 
 # ---------------------------------------------------------------------------------------------- mixed batches
 
 
-def plain_gradient(loss_type, weights, first_weights, generation_weights, steps_of_ranks, model, generation_batches):
+def plain_gradient(
+    loss_type, is_length_aware, weights, first_weights, generation_weights, steps_of_ranks, model, generation_batches
+):
     """
     The gradient of one optimizer step, without batching, padding, processes or accumulation: each sequence on its own.
 
@@ -222,11 +227,17 @@ def plain_gradient(loss_type, weights, first_weights, generation_weights, steps_
     num_processes = len(steps_of_ranks)
     generation_tokens = sum(int(b["completion_mask"].sum()) for batches in generation_batches for b in batches)
     tokens_per_step = generation_tokens / 2  # two updates for each generation
+    tokens_of_rank = (
+        sum(int(b["completion_mask"].sum()) for batches in steps_of_ranks for b in batches) / num_processes
+    )
     total = {name: torch.zeros_like(value) for name, value in weights.items()}
     for micro_batches in steps_of_ranks:
         for batch in micro_batches:
-            num_rows, num_tokens = len(batch["prompt_ids"]), int(batch["completion_mask"].sum())
-            for row in range(num_rows):
+            # TRL's means over the tokens of each micro-batch, or one over those of the optimizer step
+            num_rows = sum(len(b["prompt_ids"]) for b in micro_batches)
+            num_tokens = len(micro_batches) * int(batch["completion_mask"].sum())
+            num_tokens = tokens_of_rank if is_length_aware else num_tokens
+            for row in range(len(batch["prompt_ids"])):
                 prompt_ids = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()]
                 is_real = batch["completion_mask"][row].bool()
                 completion_ids = batch["completion_ids"][row][is_real]
@@ -248,12 +259,12 @@ def plain_gradient(loss_type, weights, first_weights, generation_weights, steps_
                     assert not is_demonstration.any()
                     token_loss = -ratio * advantage + beta * kl * ratio  # TRL's bias-corrected KL
                 divisor = {
-                    "dr_grpo": num_rows * max_length * len(micro_batches),
-                    "grpo": len(completion_ids) * num_rows * len(micro_batches),
-                    "bnpo": num_tokens * len(micro_batches),
+                    "dr_grpo": num_rows * max_length,
+                    "grpo": len(completion_ids) * num_rows,
+                    "bnpo": num_tokens,
                     "dapo": tokens_per_step / num_processes,
                 }[loss_type]
-                bonus = entropy_coef * entropy.sum() / num_tokens / len(micro_batches)
+                bonus = entropy_coef * entropy.sum() / num_tokens
                 ((token_loss.sum() / divisor - bonus) / num_processes).backward()
                 for name, parameter in model.named_parameters():
                     total[name] += parameter.grad
@@ -263,14 +274,15 @@ def plain_gradient(loss_type, weights, first_weights, generation_weights, steps_
 def test_gradients_of_mixed_batches_in_two_processes(tmp_path):
     ranks = tiny.launch("gradients", tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    for loss_type in LOSS_TYPES:
-        results = [rank[loss_type] for rank in ranks]
+    for loss_type, is_length_aware in itertools.product(LOSS_TYPES, (True, False)):
+        results = [rank[loss_type, is_length_aware] for rank in ranks]
         weights = results[0]["weights"]
         assert len(weights) == 4
         for step in range(4):
             generation = step // 2 * 2
             gradient = plain_gradient(
                 loss_type,
+                is_length_aware,
                 weights[step],
                 weights[0],
                 weights[generation],
@@ -489,8 +501,9 @@ def test_the_sampler_correction_leaves_demonstration_tokens_alone(model_path, tm
     assert loss == pytest.approx(expected, abs=1e-7) and loss != 0
 
 
+@pytest.mark.parametrize("is_length_aware", [True, False])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_rl_with_sft_loss(model_path, tmp_path, loss_type):
+def test_rl_with_sft_loss(model_path, tmp_path, loss_type, is_length_aware):
     """The gradient is that of GRPO on the rollouts plus that of the mean cross-entropy of demonstration tokens."""
     recorded = []
 
@@ -507,6 +520,7 @@ def test_rl_with_sft_loss(model_path, tmp_path, loss_type):
             sft_loss_coef=0.7,
             advantage_baseline="on_policy",
             loss_type=loss_type,
+            length_aware_batching=is_length_aware,
             gradient_accumulation_steps=2,
             max_grad_norm=0.0,
         ),
@@ -521,7 +535,7 @@ def test_rl_with_sft_loss(model_path, tmp_path, loss_type):
     num_tokens = sum(int(batch["completion_mask"].sum()) for batch in micro_batches)
     num_demonstration_tokens = 3 + 6
     for batch in micro_batches:
-        for row in range(4):
+        for row in range(len(batch["prompt_ids"])):
             prompt_ids = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()]
             ids = batch["completion_ids"][row][batch["completion_mask"][row].bool()]
             logits = model(torch.cat([prompt_ids, ids])[None]).logits[0, len(prompt_ids) - 1 : -1]
@@ -532,7 +546,7 @@ def test_rl_with_sft_loss(model_path, tmp_path, loss_type):
                 divisor = {
                     "dr_grpo": 2 * 4 * 16,
                     "grpo": 2 * 4 * len(ids),
-                    "bnpo": 2 * int(batch["completion_mask"].sum()),
+                    "bnpo": num_tokens if is_length_aware else 2 * int(batch["completion_mask"].sum()),
                     "dapo": num_tokens,
                 }[loss_type]
                 loss = -((logps - logps.detach()).exp() * batch["advantages"][row]).sum() / divisor
@@ -763,14 +777,14 @@ def test_metrics_describe_rollouts_beside_demonstrations(model_path, tmp_path):
         where = inputs["demonstration_mask"]
         probs.append(logps.exp()[where])
         advantages.append(inputs["advantages"].unsqueeze(1).expand_as(logps)[where])
-        entropies.append(entropy[inputs["completion_mask"].bool() & ~where].mean())
+        entropies.append(entropy[inputs["completion_mask"].bool() & ~where])
     probs, advantages = torch.cat(probs), torch.cat(advantages)
     ratios = probs / (probs + 0.1)
     assert log["demonstrations/prob"] == approx(probs.mean().item(), rel=1e-5)
     assert log["demonstrations/ratio"] == approx(ratios.mean().item(), rel=1e-5)
     assert log["demonstrations/loss"] == approx((-ratios * advantages).mean().item(), rel=1e-5)
     assert log["on_policy/loss"] == approx(0.25, rel=1e-5)  # -ratio A with ratio 1, A = 0 - 1/4
-    assert log["entropy"] == approx(torch.stack(entropies).mean().item(), rel=1e-5)
+    assert log["entropy"] == approx(torch.cat(entropies).mean().item(), rel=1e-5)
 
 
 def test_solved_groups(model_path, tmp_path):
@@ -1036,6 +1050,21 @@ def test_the_arguments_are_those_of_grpo_trainer():
             "_generate_single_turn",
             ["self", "prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"],
         ),
+        ("_prepare_inputs", ["self", "generation_batch"]),
+        ("train", ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"]),
+        ("_get_train_sampler", ["self", "dataset"]),
+        ("_save_checkpoint", ["self", "model", "trial"]),
+        (
+            "_init_training_state",
+            [
+                "self",
+                "max_steps",
+                "num_update_steps_per_epoch",
+                "num_train_epochs",
+                "resume_from_checkpoint",
+                "trial",
+            ],
+        ),
         ("_calculate_rewards", ["self", "inputs", "prompts", "completions", "completion_ids_list"]),
         ("_compute_loss", ["self", "model", "inputs"]),
         ("log", ["self", "logs", "start_time"]),
@@ -1050,9 +1079,16 @@ def test_overridden_methods_have_the_signature_that_trl_calls(name, parameters):
     assert list(inspect.signature(overridden).parameters) == parameters
 
 
+def test_log_probs_begin_with_the_arguments_that_are_overridden():
+    parameters = parameters_of(GRPOTrainer, "_get_per_token_logps_and_entropies")
+    expected = ["self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"]
+    assert parameters[:6] == expected == parameters_of(LuffyTrainer, "_get_per_token_logps_and_entropies")[:6]
+
+
 def test_everything_that_is_overridden_is_guarded():
     marks = test_overridden_methods_have_the_signature_that_trl_calls.pytestmark
-    guarded = {parameters[0] for mark in marks for parameters in mark.args[1]} | {"__init__"}
+    guarded = {parameters[0] for mark in marks for parameters in mark.args[1]}
+    guarded |= {"__init__", "_get_per_token_logps_and_entropies"}
     overridden = {
         name for name, value in vars(LuffyTrainer).items() if inspect.isfunction(value) and hasattr(GRPOTrainer, name)
     }

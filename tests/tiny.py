@@ -118,7 +118,7 @@ def launch(function, output_dir, num_processes=2, config_file=None, env=None):
     script = Path(__file__).with_name("launched.py")
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     # On a machine without GPUs, accelerate's multi-process launcher ("multi_gpu") runs gloo on the CPU.
-    command += ["--config_file", str(config_file)] if config_file else ["--multi_gpu"]
+    command += ["--config_file", str(config_file)] if config_file else ["--multi_gpu"] * (num_processes > 1)
     command += ["--num_processes", str(num_processes), "--num_machines", "1", "--main_process_port", "0"]
     result = subprocess.run(
         [*command, str(script), function, str(output_dir)],
