@@ -810,13 +810,11 @@ class LuffyTrainer(GRPOTrainer):
             return  # only demonstrations in this micro-batch, on any process
         for name, total in zip(means, totals, strict=True):
             self._metrics[mode][name].append((total / num_rollout_tokens.clamp(min=1.0)).item())
-        # NaN for a demonstration, and left out
-        per_row = torch.stack(
-            [(values * rollout_mask).sum(-1) / rollout_mask.sum(-1) for values in (low, high)], dim=1
-        )
-        lows, highs = self.accelerator.gather(per_row).T
-        self._metrics[mode]["clip_ratio/low_min"].append(nanmin(lows).item())
-        self._metrics[mode]["clip_ratio/high_max"].append(nanmax(highs).item())
+        # NaN for a demonstration, and left out. Processes may hold different numbers of rows.
+        row_lows, row_highs = ((values * rollout_mask).sum(-1) / rollout_mask.sum(-1) for values in (low, high))
+        extremes = self.accelerator.gather(torch.stack([nanmin(row_lows), nanmax(row_highs)])).view(-1, 2)
+        self._metrics[mode]["clip_ratio/low_min"].append(nanmin(extremes[:, 0]).item())
+        self._metrics[mode]["clip_ratio/high_max"].append(nanmax(extremes[:, 1]).item())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:

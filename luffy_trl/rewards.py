@@ -2,15 +2,16 @@
 
 import logging
 import re
-import threading
+from collections import Counter
 
-from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+from .grading import Failure, shared_pool
 
 
-_LATEX = (LatexExtractionConfig(boxed_match_priority=0),)  # LaTeX only, and what is boxed before anything else
-_LATEX_OR_TEXT = (LatexExtractionConfig(), ExprExtractionConfig())
-_ANCHOR = re.compile(r"\\boxed|(?<!\\)\$")
-_PROSE = re.compile(r"####|(?:^|\s)[A-Za-z]{3,}(?=[\s.,:;]|$)")
+logger = logging.getLogger(__name__)
+
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*{")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is none
+_PERCENT = re.compile(r"\s*(?:\$|\\[)\]])\s*\\?%")
 
 
 def math_verify_reward(
@@ -23,8 +24,18 @@ def math_verify_reward(
     r"""
     Reward function that is 1.0 where the answer of a completion equals the gold answer, as judged by math-verify.
 
-    The answer is what the completion puts into `\boxed{}` or another LaTeX environment. The function has no state and
-    works in [`~trl.GRPOTrainer`] as well.
+    The answer is what the completion puts into `\boxed{}` or `\fbox{}`; what it says elsewhere does not count then.
+    Where several boxes differ, each has to equal the gold answer, or all together, as a list: `\boxed{4}` and
+    `\boxed{5}` are right for the gold answer "4, 5", and wrong for "4" and for "5". So a completion gains nothing by
+    naming several candidates, in whatever order and distance; TRL's `accuracy_reward` and the released code leave it
+    to math-verify, which takes the last of boxes that stand far apart. Second thoughts belong into the reasoning:
+    where boxes follow the last `</think>`, those before it do not count. A box that is not closed is wrong. Without a
+    box, the answer is the last LaTeX environment, as math-verify finds it. In an equation, the last side counts.
+
+    Answers are graded in worker processes with a hard limit on time and memory, on every thread (see
+    [`~luffy_trl.grading.WorkerPool`] and its environment variables); identical ones only once in a batch. One that
+    runs into a limit or crashes its worker gets 0.0, and a warning says so. The function works in
+    [`~trl.GRPOTrainer`] as well.
 
     Args:
         completions (`list[str]` or `list[list[dict[str, str]]]`):
@@ -43,10 +54,11 @@ def math_verify_reward(
 
     Returns:
         `list[float | None]`: 1.0 or 0.0 for each completion; `None`, which trainers skip, where no gold answer can be
-        parsed.
+        parsed, or not within the limits.
 
     Raises:
-        ValueError: If neither `solution` nor `answer` is given.
+        ValueError: If neither `solution` nor `answer` is given, or an environment variable is no positive number.
+        RuntimeError: If worker processes cannot be started.
 
     Example:
     ```python
@@ -64,38 +76,52 @@ def math_verify_reward(
     if solution is not None and answer is not None:
         golds = [sol if ans is None else ans for ans, sol in zip(answer, solution, strict=True)]
 
-    # math-verify's time limits are alarms, which only the main thread can set; elsewhere it asks to turn them off.
-    timeout = 5 if threading.current_thread() is threading.main_thread() else None
-    if timeout is None:
-        for name in ("math_verify.parser", "math_verify.grader"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-
-    rewards = []
+    calls = []
     for completion, gold in zip(completions, golds, strict=True):
         text = completion if isinstance(completion, str) else completion[-1].get("content") or ""
-        parsed_gold = _parse_gold(gold, timeout)
-        if not parsed_gold:
-            rewards.append(None)
-            continue
-        if require_think:
-            parts = text.split("</think>")
-            if len(parts) == 1:
-                rewards.append(0.0)
-                continue
-            text = parts[1]
-        parsed_answer = parse(text, _LATEX, extraction_mode="first_match", parsing_timeout=timeout)
-        rewards.append(float(verify(parsed_gold, parsed_answer, timeout_seconds=timeout)))
-    return rewards
+        calls.append(None if gold is None else (str(gold), _find_answers(text, require_think)))
+
+    # the completions of a group differ in their reasoning more than in their answers
+    distinct = [call for call in dict.fromkeys(calls) if call is not None]
+    pool = shared_pool()
+    results = dict(zip(distinct, pool.map(distinct), strict=True))
+    if failures := {call: result.reason for call, result in results.items() if isinstance(result, Failure)}:
+        suspects = list({gold for gold, _ in failures} - {gold for gold, _ in results.keys() - failures.keys()})
+        checks = dict(zip(suspects, pool.map([(gold, ()) for gold in suspects]), strict=True))
+        results |= {call: None if isinstance(checks.get(call[0]), Failure) else False for call in failures}
+        reasons = ", ".join(f"{count} by {reason}" for reason, count in Counter(failures.values()).items())
+        logger.warning(
+            f"The grading of {len(failures)} of {len(distinct)} answers failed: {reasons}. They get 0.0, or no reward "
+            "where the gold answer is to blame. The limits are the environment variables `LUFFY_REWARD_TIMEOUT` "
+            f"(now {pool.timeout:g} seconds) and `LUFFY_REWARD_MEMORY` (now {pool.memory_limit:g} MiB)."
+        )
+    grades = [None if call is None else results[call] for call in calls]
+    return [None if grade is None else float(grade) for grade in grades]
 
 
-def _parse_gold(gold: str | int | float | None, timeout: int | None) -> list:
-    if gold is None:
-        return []
-    gold = str(gold)
-    if _ANCHOR.search(gold):
-        return parse(gold, _LATEX_OR_TEXT, parsing_timeout=timeout)
-    # math-verify reads a bare expression only inside an anchor, and all of a sentence there as an expression
-    parsed = parse(rf"\boxed{{{gold}}}", _LATEX, parsing_timeout=timeout)
-    if _PROSE.search(gold):
-        return parse(gold, _LATEX_OR_TEXT, parsing_timeout=timeout) or parsed
-    return parsed or parse(gold, _LATEX_OR_TEXT, parsing_timeout=timeout)
+def _find_answers(text: str, require_think: bool) -> tuple[str, ...]:
+    """What [`~luffy_trl.grading.grade`] reads: the boxes of a completion; its text, if there are none."""
+    parts = text.split("</think>")
+    if require_think:
+        return (_find_boxes(parts[1]) or (parts[1],)) if len(parts) > 1 else ()
+    return _find_boxes(parts[-1]) or _find_boxes(text) or (text,)
+
+
+def _find_boxes(text: str) -> tuple[str, ...]:
+    boxes, start = {}, _BOX.search(text)
+    while start:
+        depth = 1
+        for brace in _BRACE.finditer(text, start.end()):
+            depth += {"{": 1, "}": -1}.get(brace[0], 0)
+            if depth == 0:
+                break
+        content = text[start.end() : brace.start() if depth == 0 else None].strip()
+        if depth and content:
+            return ("",)  # cut in the middle of an answer
+        if depth:
+            break
+        content = _BOX.sub("{", content)  # math-verify would drop what stands beside a box inside of a box
+        if content:  # an empty box is one that the text talks about
+            boxes[content + r"\%" * bool(_PERCENT.match(text, brace.end()))] = None
+        start = _BOX.search(text, brace.end())
+    return tuple(rf"\boxed{{{content}}}" for content in boxes)

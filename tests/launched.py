@@ -219,7 +219,6 @@ def canned(output_dir):
             "gradient_accumulation_steps": 2,
             "num_demonstrations": 2,
             "max_steps": 3,
-            "use_cpu": False,  # FSDP and DeepSpeed would be left out silently
             **options,
         },
     )

@@ -2,12 +2,15 @@
 
 import functools
 import threading
+import time
 
 import pytest
 import tiny
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
+from luffy_trl import rewards
+from luffy_trl.grading import WorkerPool
 from luffy_trl.rewards import math_verify_reward
 
 
@@ -83,6 +86,95 @@ def test_off_the_main_thread():
     thread.start()
     thread.join()
     assert results == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("completion", "gold", "reward"),
+    [
+        (r"\boxed{4}\boxed{5}", "4", 0.0),
+        (r"\boxed{4}\boxed{5}", "5", 0.0),
+        (r"\boxed{4}\boxed{5}", "4, 5", 1.0),
+        (r"It is \boxed{4}. Or maybe it is \boxed{5}.", "4", 0.0),  # math-verify says 5
+        (r"It is \boxed{4}. Or maybe it is \boxed{5}.", "5", 0.0),
+        (r"\boxed{4} " + "and so on " * 100 + r"\boxed{5}", "5", 0.0),
+        (r"$x = \boxed{4}$ " + "and so on " * 100 + r"$y = \boxed{5}$", "4, 5", 1.0),
+        (r"\boxed{\frac{1}{2}} " + "and so on " * 100 + r"\boxed{0.5}", "0.5", 1.0),
+        (r"\boxed{5, \boxed{4}}", "4", 0.0),  # math-verify says 4
+        (r"\boxed{\boxed{4}}", "4", 1.0),
+        (r"\boxed{4 \text{ or } 5}", "4", 0.0),
+        (r"\boxed{4, 5}", "4", 0.0),
+        (r"\boxed{4} \fbox{5}", "4", 0.0),
+        (r"\fbox{4}", "4", 1.0),
+        (r"\boxed{4}, so the final answer is $5$. I hope it is correct.", "5", 0.0),
+        (r"<think>Is it \boxed{3}? No.</think>\boxed{4}", "4", 1.0),
+        (r"<think>Is it \boxed{3}? No.</think>\boxed{4}", "3", 0.0),
+        (r"<think>Is it \boxed{3}? Or \boxed{4}?</think>", "4", 0.0),
+        (r"I put it into \boxed{}: \boxed{4}", "4", 1.0),
+        (r"\boxed{4} and \boxed{", "4", 1.0),
+        (r"\boxed{4} and \boxed{5", "4", 0.0),
+        (r"$4$ and \boxed{5", "4", 0.0),
+        (r"\boxed{4", "4", 0.0),
+        (r"\boxed{\frac{1}{2}", "0.5", 0.0),
+        (r"\boxed{\left\{ 4, 5 \right\}}", r"\{4, 5\}", 1.0),
+        (r"$\boxed{12.5}$%", r"12.5\%", 1.0),
+    ],
+)
+def test_which_box_counts(completion, gold, reward):
+    assert math_verify_reward([completion], answer=[gold]) == [reward]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "10^{10^{10}}",
+        "1000000000!",
+        "7" * 100_000,
+        "+".join(["1"] * 50_000),
+        "{" * 10_000 + "6" + "}" * 10_000,
+        r"\begin{pmatrix}" + r"\\".join(["1" + "&2" * 99] * 100) + r"\end{pmatrix}",
+        r"\{" + ",".join(map(str, range(20_000))) + r"\}",
+        "5\0",
+        "5\udfff",
+        "\u0665\uff15\U0001d7d3",
+        r"\frac{5}{0} - \frac{0}{0}",
+        r"\text{Ignore the gold answer.}",
+    ],
+    ids=lambda answer: ascii(answer[:20]),
+)
+def test_hostile_answers_off_the_main_thread(monkeypatch, answer):
+    monkeypatch.setattr(rewards, "shared_pool", lambda: hostile_pool)
+    completions, results = [rf"\boxed{{{answer}}}", r"\boxed{5}"], []
+    thread = threading.Thread(target=lambda: results.extend(math_verify_reward(completions, answer=["5", "5"])))
+    start = time.perf_counter()
+    thread.start()
+    thread.join()
+    assert results == [0.0, 1.0]
+    assert time.perf_counter() - start < 10  # the limit, and at most two starts of a worker on a loaded machine
+
+
+hostile_pool = WorkerPool(num_workers=1, timeout=1.0)
+
+
+def test_a_failure_is_told(monkeypatch, caplog):
+    monkeypatch.setattr(rewards, "shared_pool", lambda: hostile_pool)
+    completions = [r"\boxed{1000000000!}", r"\boxed{4}", r"\boxed{1000000000!}"]
+    assert math_verify_reward(completions, answer=["4"] * 3) == [0.0, 1.0, 0.0]
+    assert "The grading of 1 of 2 answers failed: 1 by time limit." in caplog.text
+
+
+def test_a_gold_answer_that_cannot_be_read_within_the_limits(monkeypatch):
+    monkeypatch.setattr(rewards, "shared_pool", lambda: hostile_pool)
+    gold = "+".join(["1"] * 50_000)
+    assert math_verify_reward([r"\boxed{4}", r"\boxed{4}"], answer=[gold, "4"]) == [None, 1.0]
+
+
+def test_identical_answers_are_graded_once(monkeypatch):
+    batches, pool = [], WorkerPool(num_workers=1)
+    monkeypatch.setattr(pool, "map", lambda calls: batches.append(calls) or WorkerPool.map(pool, calls))
+    monkeypatch.setattr(rewards, "shared_pool", lambda: pool)
+    completions = [rf"{i} ways lead to \boxed{{4}}." for i in range(8)] + [r"\boxed{5}", r"\boxed{4}"]
+    assert math_verify_reward(completions, answer=["4"] * 9 + ["7"]) == [1.0] * 8 + [0.0] * 2
+    assert batches == [[("4", (r"\boxed{4}",)), ("4", (r"\boxed{5}",)), ("7", (r"\boxed{4}",))]]
 
 
 def test_a_dataset_without_gold_answers():

@@ -81,7 +81,7 @@ def make_args(output_dir, cls=LuffyConfig, **kwargs):
             "logging_steps": 1,
             "save_strategy": "no",
             "report_to": "none",
-            "use_cpu": True,
+            "use_cpu": "PRETEND" not in os.environ,  # see cpu_engines.py
             "bf16": False,
             "disable_tqdm": True,
             "dataloader_pin_memory": False,
@@ -112,13 +112,16 @@ def count_generated_rows(model):
     return rows
 
 
-def launch(function, output_dir, num_processes=2, config_file=None, env=None):
+def launch(function, output_dir, num_processes=2, config_file=None, env=None, timeout=300):
     """Runs a function of `launched.py` under a real `accelerate launch`; what it returns, one item per process."""
     save_tiny_model(Path(output_dir) / "model")
     script = Path(__file__).with_name("launched.py")
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     # On a machine without GPUs, accelerate's multi-process launcher ("multi_gpu") runs gloo on the CPU.
-    command += ["--config_file", str(config_file)] if config_file else ["--multi_gpu"] * (num_processes > 1)
+    if config_file:
+        command += ["--config_file", str(config_file), "--mixed_precision", "no"]
+    elif num_processes > 1:
+        command += ["--multi_gpu"]
     command += ["--num_processes", str(num_processes), "--num_machines", "1", "--main_process_port", "0"]
     result = subprocess.run(
         [*command, str(script), function, str(output_dir)],
@@ -126,7 +129,7 @@ def launch(function, output_dir, num_processes=2, config_file=None, env=None):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
+        timeout=timeout,
     )
     if result.returncode != 0:
         raise AssertionError(f"`{function}` failed in {num_processes} processes:\n{result.stdout[-6000:]}")

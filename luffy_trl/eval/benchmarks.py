@@ -1,0 +1,309 @@
+# Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
+
+"""Benchmarks: where their questions are, and how a row becomes a question."""
+
+import logging
+import random
+import re
+import string
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..data import load_data
+from .templates import SYSTEM_PROMPT
+
+
+logger = logging.getLogger(__name__)
+
+LETTERS = string.ascii_uppercase
+_LABEL = re.compile(r"^([A-Z]|[1-9])\) ", re.MULTILINE)
+_ASK_FOR_LETTER = "Answer with the letter of the right option, in \\boxed{}."
+
+
+@dataclass(frozen=True)
+class Question:
+    """
+    A question of a benchmark.
+
+    Args:
+        benchmark (`str`):
+            Name of the benchmark.
+        index (`int`):
+            Its position in the benchmark.
+        text (`str`):
+            What the user asks, without options.
+        gold (`str`):
+            Gold answer; of multiple choice, the letter of the right option.
+        system_prompt (`str`, *optional*):
+            System message of the data.
+        options (`tuple[str]`, *optional*, defaults to `()`):
+            Options of multiple choice, in the order in which they are lettered A, B, C and so on.
+        instruction (`str`, *optional*, defaults to `""`):
+            What the user says below the options.
+    """
+
+    benchmark: str
+    index: int
+    text: str
+    gold: str
+    system_prompt: str | None = None
+    options: tuple[str, ...] = ()
+    instruction: str = ""
+
+    @property
+    def content(self) -> str:
+        """The message of the user."""
+        if not self.options:
+            return self.text
+        lines = "\n".join(f"{letter}) {option}" for letter, option in zip(LETTERS, self.options, strict=False))
+        return "\n\n".join(part for part in (self.text, lines, self.instruction) if part)
+
+    def with_shuffled_options(self, seed: int) -> "Question":
+        """The question with its options in an order that depends on seed, benchmark and index alone."""
+        order = list(range(len(self.options)))
+        random.Random(f"{seed}/{self.benchmark}/{self.index}").shuffle(order)
+        options = tuple(self.options[i] for i in order)
+        return replace(self, options=options, gold=LETTERS[order.index(LETTERS.index(self.gold))])
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """
+    A benchmark of the paper.
+
+    Args:
+        title (`str`):
+            How tables call it.
+        data_source (`str`):
+            How the `data_source` column of the authors' files calls it.
+        dataset (`str`):
+            Dataset on the Hub.
+        split (`str`):
+            Its split.
+        read (`Callable`):
+            Takes a row of it; returns the text, the gold answer (of multiple choice, the index of the right option),
+            and the options (`()` if it is not multiple choice).
+        config (`str`, *optional*):
+            Its configuration.
+        num_samples (`int`, *optional*, defaults to `1`):
+            Samples for each question. The score is the mean over them: 32 for small benchmarks, as in the paper.
+        multiple_choice (`bool`, *optional*, defaults to `False`):
+            Whether it is graded by letter. In the paper, these are the ones out of distribution.
+    """
+
+    title: str
+    data_source: str
+    dataset: str
+    split: str
+    read: Callable[[dict[str, Any]], tuple[str, Any, tuple[str, ...]]]
+    config: str | None = None
+    num_samples: int = 1
+    multiple_choice: bool = False
+
+
+def _columns(text: str, answer: str) -> Callable[[dict[str, Any]], tuple[str, Any, tuple[str, ...]]]:
+    def read(row):
+        gold = row[answer]
+        if isinstance(gold, list):  # OlympiadBench: one expression, in a list
+            gold = ", ".join(gold)
+        return row[text], gold, ()
+
+    return read
+
+
+def _read_arc(row):
+    labels = row["choices"]["label"]
+    return row["question"], labels.index(row["answerKey"]), tuple(row["choices"]["text"])
+
+
+def _read_gpqa(row):
+    names = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
+    return row["Question"].strip(), 0, tuple(row[name].strip() for name in names)
+
+
+def _read_mmlu_pro(row):
+    return row["question"], row["answer_index"], tuple(row["options"])
+
+
+BENCHMARKS = {
+    "aime24": Benchmark(
+        "AIME24", "aime", "HuggingFaceH4/aime_2024", "train", _columns("problem", "answer"), num_samples=32
+    ),
+    "aime25": Benchmark("AIME25", "aime25", "math-ai/aime25", "test", _columns("problem", "answer"), num_samples=32),
+    "amc": Benchmark(
+        "AMC", "amc", "AI-MO/aimo-validation-amc", "train", _columns("problem", "answer"), num_samples=32
+    ),
+    "math500": Benchmark("MATH-500", "math", "HuggingFaceH4/MATH-500", "test", _columns("problem", "answer")),
+    "minerva": Benchmark("Minerva", "minerva", "math-ai/minervamath", "test", _columns("question", "answer")),
+    # this copy has the 675 questions of the authors' file; others have 674
+    "olympiadbench": Benchmark(
+        "OlympiadBench",
+        "olympiad_bench",
+        "zwhe99/simplerl-OlympiadBench",
+        "test",
+        _columns("question", "final_answer"),
+    ),
+    "arc_c": Benchmark(
+        "ARC-c", "arc_c", "allenai/ai2_arc", "test", _read_arc, config="ARC-Challenge", multiple_choice=True
+    ),
+    # gated: accept its terms on the Hub, and log in
+    "gpqa_diamond": Benchmark(
+        "GPQA-diamond", "gpqa", "Idavidrein/gpqa", "train", _read_gpqa, config="gpqa_diamond", multiple_choice=True
+    ),
+    "mmlu_pro": Benchmark("MMLU-Pro", "mmlu_pro", "TIGER-Lab/MMLU-Pro", "test", _read_mmlu_pro, multiple_choice=True),
+}
+
+
+def is_multiple_choice(benchmark: str) -> bool:
+    """Whether a benchmark, which may be one of your own, is graded by letter."""
+    return benchmark in BENCHMARKS and BENCHMARKS[benchmark].multiple_choice
+
+
+def load_questions(
+    benchmarks: list[str] | None = None,
+    data_files: list[str] | None = None,
+    datasets_dir: str | None = None,
+    max_questions: int | None = None,
+    shuffle_options: bool = True,
+    seed: int = 0,
+) -> list[Question]:
+    """
+    Loads questions from files, and from the Hub what the files do not have.
+
+    Args:
+        benchmarks (`list[str]`, *optional*):
+            Names of benchmarks: those of `BENCHMARKS`, and further values of `data_source` in the files, which are
+            graded as mathematics. Default: all in the files; without files, all of `BENCHMARKS`.
+        data_files (`list[str]`, *optional*):
+            Files in the format of the authors: columns `data_source`, `prompt` (messages, perhaps with a system
+            message) and `reward_model` (with `ground_truth`). A row that is repeated counts once.
+        datasets_dir (`str`, *optional*):
+            Folder with downloaded copies of datasets of the Hub, such as `<datasets_dir>/HuggingFaceH4/MATH-500`.
+        max_questions (`int`, *optional*):
+            Take only the first ones of each benchmark.
+        shuffle_options (`bool`, *optional*, defaults to `True`):
+            Whether to shuffle the options of multiple choice.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the shuffling.
+
+    Returns:
+        `list[Question]`: The questions, by benchmark.
+
+    Raises:
+        ValueError: If a benchmark is not known or a row cannot be used. The message names it.
+    """
+    if max_questions is not None and max_questions < 1:
+        raise ValueError(f"`max_questions` must be positive, got {max_questions}.")
+    if datasets_dir is not None and not Path(datasets_dir).is_dir():
+        raise ValueError(f"`datasets_dir`: there is no folder {datasets_dir!r}.")
+    from_files = _load_files(data_files or [])
+    known = {*BENCHMARKS, *from_files}
+    names = benchmarks
+    if not names:  # in the order of `BENCHMARKS`, and your own at the end
+        available = from_files if data_files else BENCHMARKS
+        names = [name for name in (*BENCHMARKS, *available) if name in available]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"`benchmarks`: {name!r} is not known. Choose from {', '.join(sorted(known))}.")
+    questions = []
+    for name in dict.fromkeys(names):
+        found = from_files[name] if name in from_files else _load_from_hub(name, datasets_dir)
+        for question in found[:max_questions]:
+            shuffled = shuffle_options and question.options
+            questions.append(question.with_shuffled_options(seed) if shuffled else question)
+    return questions
+
+
+def _load_from_hub(name: str, datasets_dir: str | None) -> list[Question]:
+    benchmark = BENCHMARKS[name]
+    dataset = benchmark.dataset
+    if datasets_dir is not None:
+        dataset = str(Path(datasets_dir) / dataset)
+        if not Path(dataset).is_dir():
+            raise ValueError(
+                f"`datasets_dir` has no folder {dataset!r} for {name}. Get it with `hf download {benchmark.dataset} "
+                f"--repo-type dataset --local-dir {dataset}`."
+            )
+    questions = []
+    for index, row in enumerate(load_data(dataset, benchmark.split, benchmark.config)):
+        where = f"Row {index} of {dataset}"
+        try:
+            text, gold, options = benchmark.read(row)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{where} cannot be read as {name}: {type(error).__name__} {error}.") from error
+        if options:
+            if not (isinstance(gold, int) and 0 <= gold < len(options) <= len(LETTERS)):
+                raise ValueError(f"{where} has {len(options)} options, and the answer {gold!r} is none of them.")
+            gold = LETTERS[gold]
+        instruction = _ASK_FOR_LETTER if options else ""
+        questions.append(_question(where, name, index, text, gold, SYSTEM_PROMPT, options, instruction))
+    return questions
+
+
+def _load_files(files: list[str]) -> dict[str, list[Question]]:
+    names = {benchmark.data_source: name for name, benchmark in BENCHMARKS.items()}
+    questions: dict[str, list[Question]] = {}
+    seen = set()
+    num_rows = 0
+    for file in files:
+        dataset = load_data(file)
+        missing = {"data_source", "prompt", "reward_model"} - set(dataset.column_names)
+        if missing:
+            raise ValueError(
+                f"`data_files`: {file} has no column {', '.join(f'`{name}`' for name in sorted(missing))}. Columns "
+                "are `data_source`, `prompt` (messages) and `reward_model` (with `ground_truth`)."
+            )
+        for number, row in enumerate(dataset):
+            where = f"Row {number} of {file}"
+            messages = row["prompt"]
+            roles = [message["role"] for message in messages] if isinstance(messages, list) else None
+            if roles not in (["user"], ["system", "user"]):
+                raise ValueError(f"{where}: `prompt` must be a user message, perhaps after a system message.")
+            gold = (row["reward_model"] or {}).get("ground_truth")
+            num_rows += 1
+            # The authors' files repeat a question 32 times instead of sampling it 32 times.
+            key = (row["data_source"], (row.get("extra_info") or {}).get("index"), messages[-1]["content"], str(gold))
+            if key in seen:
+                continue
+            seen.add(key)
+            source = row["data_source"]
+            name = names.get(source, source)
+            text, options = messages[-1]["content"], ()
+            if is_multiple_choice(name):
+                text, options, gold = _split_options(where, text, gold)
+            system_prompt = messages[0]["content"] if len(messages) == 2 else None
+            found = questions.setdefault(name, [])
+            found.append(_question(where, name, len(found), text, gold, system_prompt, options))
+    if len(seen) < num_rows:
+        logger.warning(f"{num_rows - len(seen)} of {num_rows} rows are repeats and count once; see `num_samples`.")
+    return questions
+
+
+def _question(where, benchmark, index, text, gold, *args) -> Question:
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{where}: the question is empty.")
+    if gold is None or not str(gold).strip():
+        raise ValueError(f"{where}: the gold answer is empty.")
+    return Question(benchmark, index, text, str(gold), *args)
+
+
+def _split_options(where: str, content: str, gold: str) -> tuple[str, tuple[str, ...], str]:
+    """Text, options and the letter of the right one, from a text that ends in lines `A) ...` or `1) ...`."""
+    marks = list(_LABEL.finditer(content))
+    # The list begins at the last A; a question may have a list of its own before, numbered 1, 2, 3.
+    for first in ("A", "1"):
+        starts = [i for i, mark in enumerate(marks) if mark[1] == first]
+        if starts:
+            marks = marks[starts[-1] :]
+            break
+    labels = [mark[1] for mark in marks]
+    letters = LETTERS if labels[:1] == ["A"] else string.digits[1:]
+    if len(labels) < 2 or labels != list(letters[: len(labels)]):
+        raise ValueError(f"{where}: `prompt` must end in options, in lines `A) ...`, `B) ...` and so on.")
+    if gold not in labels:
+        raise ValueError(f"{where}: `ground_truth` is {gold!r}, and the options are {', '.join(labels)}.")
+    ends = [mark.start() for mark in marks[1:]] + [len(content)]
+    options = tuple(content[mark.end() : end].strip() for mark, end in zip(marks, ends, strict=True))
+    return content[: marks[0].start()].rstrip(), options, LETTERS[labels.index(gold)]

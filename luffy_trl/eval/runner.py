@@ -1,0 +1,451 @@
+# Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
+
+"""The evaluation as a whole: arguments, resuming, and what is written."""
+
+import gc
+import importlib.util
+import json
+import logging
+import os
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer
+
+from ..demonstrations import find_eos_token_ids, load_generation_config
+from .backends import Request, Sampling, ServerBackend, TransformersBackend, VLLMBackend, sample_seed
+from .benchmarks import BENCHMARKS, Question, load_questions
+from .grading import grade
+from .report import plot_pass_at_k, plot_scores, summarize, to_markdown
+from .templates import TEMPLATES, render_prompt
+
+
+logger = logging.getLogger(__name__)
+
+# Which engine reads an option that not all of them read.
+_READ_BY = {
+    "batch_size": ("transformers",),
+    "num_concurrent": ("server",),
+    "dtype": ("transformers", "vllm"),
+    "trust_remote_code": ("transformers", "vllm"),
+    "tensor_parallel_size": ("vllm",),
+    "gpu_memory_utilization": ("vllm",),
+    "max_model_len": ("vllm",),
+    "vllm_kwargs": ("vllm",),
+}
+# What rows depend on, beside the model, its template, the number of samples and what generates.
+_SETTINGS = (
+    "temperature",
+    "top_p",
+    "max_tokens",
+    "seed",
+    "shuffle_options",
+    "require_think",
+    "dtype",
+    "max_model_len",
+    "vllm_kwargs",
+)
+
+
+@dataclass
+class EvaluationArguments:
+    r"""
+    Arguments of `python -m luffy_trl.eval`.
+
+    Args:
+        model_name_or_path (`list[str]`):
+            Models to evaluate, side by side in the table.
+        output_dir (`str`):
+            Folder for what is generated and for the results. An evaluation that was interrupted goes on there.
+        benchmarks (`list[str]`, *optional*):
+            `aime24`, `aime25`, `amc`, `math500`, `minerva`, `olympiadbench`, `arc_c`, `gpqa_diamond`, `mmlu_pro`, or
+            another `data_source` of your files. Default: all in `data_files`; without files, these nine.
+        data_files (`list[str]`, *optional*):
+            Files in the authors' format, each with one or more benchmarks. What they do not have comes from the Hub.
+        datasets_dir (`str`, *optional*):
+            Folder with downloaded copies of the Hub's datasets, `<datasets_dir>/<dataset id>`.
+        backend (`str`, *optional*, defaults to `"vllm"`):
+            `"vllm"` or `"transformers"`.
+        base_url (`list[str]`, *optional*):
+            With `backend="vllm"`: ask the running server at this address, such as `http://localhost:8000`, rather than
+            loading the model. One for all models or one for each.
+        template (`list[str]`, *optional*, defaults to `["own"]`):
+            Prompt template, one for all models or one for each: `own` (the model's chat template), `qwen`, `simplerl`,
+            `prime` or `none`.
+        system_prompt (`str`, *optional*):
+            System message for the template `own`. Default: that of the data, which for questions from the Hub is
+            LUFFY's. The empty string leaves it out, for a chat template that says it by itself.
+        temperature (`float`, *optional*, defaults to `0.6`):
+            Temperature of sampling; 0 is greedy.
+        top_p (`float`, *optional*, defaults to `1.0`):
+            Probability mass to sample from.
+        max_tokens (`int`, *optional*, defaults to `8192`):
+            Most tokens of a completion. Where the model's context ends earlier, it is cut off there.
+        num_samples (`int`, *optional*):
+            Samples for each question. Default: 32 for AIME and AMC, 1 for the others.
+        max_questions (`int`, *optional*):
+            Take only the first questions of each benchmark.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the samples, of the order of options and of the intervals.
+        shuffle_options (`bool`, *optional*, defaults to `True`):
+            Whether to shuffle the options of multiple choice.
+        require_think (`bool`, *optional*, defaults to `False`):
+            Whether an answer counts only behind `</think>`. After a prompt that ends with `<think>` it always does.
+        num_resamples (`int`, *optional*, defaults to `2000`):
+            Resamples of the bootstrap.
+        dtype (`str`, *optional*, defaults to `"bfloat16"`):
+            Precision of the weights.
+        batch_size (`int`, *optional*, defaults to `16`):
+            Samples of a batch, with `backend="transformers"`.
+        num_concurrent (`int`, *optional*, defaults to `64`):
+            Requests under way at a time, with `base_url`.
+        tensor_parallel_size (`int`, *optional*, defaults to `1`):
+            GPUs for vLLM to split the model over. (`backend="transformers"` is one process.)
+        gpu_memory_utilization (`float`, *optional*, defaults to `0.9`):
+            Share of a GPU's memory for vLLM.
+        max_model_len (`int`, *optional*):
+            Context of vLLM, in tokens. Default: the model's.
+        vllm_kwargs (`dict` or `str`, *optional*):
+            Further arguments of `vllm.LLM`, on the command line as JSON: `'{"enforce_eager": true}'`.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to run code that comes with the model.
+    """
+
+    model_name_or_path: list[str] = field(metadata={"help": "Models to evaluate, side by side in the table."})
+    output_dir: str = field(metadata={"help": "Folder for the results; an interrupted evaluation goes on there."})
+    benchmarks: list[str] | None = field(
+        default=None,
+        metadata={"help": f"{', '.join(BENCHMARKS)}, or another data_source of the files. Default: all."},
+    )
+    data_files: list[str] | None = field(
+        default=None, metadata={"help": "Files in the authors' format. What they do not have comes from the Hub."}
+    )
+    datasets_dir: str | None = field(
+        default=None, metadata={"help": "Folder with downloaded copies of the Hub's datasets, by dataset id."}
+    )
+    backend: str = field(default="vllm", metadata={"help": "What generates.", "choices": ["vllm", "transformers"]})
+    base_url: list[str] | None = field(
+        default=None, metadata={"help": "Address of a running vLLM server: one for all models or one for each."}
+    )
+    template: list[str] = field(
+        default_factory=lambda: ["own"],
+        metadata={"help": "Prompt template: one for all models or one for each.", "choices": list(TEMPLATES)},
+    )
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "System message for the template own. Default: that of the data."}
+    )
+    temperature: float = field(default=0.6, metadata={"help": "Temperature of sampling; 0 is greedy."})
+    top_p: float = field(default=1.0, metadata={"help": "Probability mass to sample from."})
+    max_tokens: int = field(default=8192, metadata={"help": "Most tokens of a completion."})
+    num_samples: int | None = field(
+        default=None, metadata={"help": "Samples for each question. Default: 32 for AIME and AMC, 1 for the others."}
+    )
+    max_questions: int | None = field(default=None, metadata={"help": "Take only the first ones of each benchmark."})
+    seed: int = field(default=0, metadata={"help": "Seed of samples, order of options and intervals."})
+    shuffle_options: bool = field(default=True, metadata={"help": "Shuffle the options of multiple choice."})
+    require_think: bool = field(default=False, metadata={"help": "An answer counts only behind </think>."})
+    num_resamples: int = field(default=2000, metadata={"help": "Resamples of the bootstrap."})
+    dtype: str = field(default="bfloat16", metadata={"help": "Precision of the weights."})
+    batch_size: int = field(default=16, metadata={"help": "Samples of a batch of transformers."})
+    num_concurrent: int = field(default=64, metadata={"help": "Requests to the server at a time."})
+    tensor_parallel_size: int = field(default=1, metadata={"help": "GPUs for vLLM to split the model over."})
+    gpu_memory_utilization: float = field(default=0.9, metadata={"help": "Share of a GPU's memory for vLLM."})
+    max_model_len: int | None = field(default=None, metadata={"help": "Context of vLLM. Default: the model's."})
+    vllm_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Further arguments of vllm.LLM as JSON, such as '{\"enforce_eager\": true}'."}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+
+    def __post_init__(self):
+        if self.backend not in ("vllm", "transformers"):
+            raise ValueError(f"`backend` must be 'vllm' or 'transformers', got {self.backend!r}.")
+        if self.base_url and self.backend != "vllm":
+            raise ValueError("`base_url` is for `backend='vllm'`.")
+        for name in ("model_name_or_path", "template", "base_url", "benchmarks", "data_files"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, [getattr(self, name)])
+        if isinstance(self.vllm_kwargs, str):
+            try:
+                self.vllm_kwargs = json.loads(self.vllm_kwargs)
+            except ValueError as error:
+                raise ValueError(f"`vllm_kwargs` must be JSON, got {self.vllm_kwargs!r}.") from error
+        for name in ("template", "base_url"):
+            value = getattr(self, name)
+            if value is not None and len(value) not in (1, len(self.model_name_or_path)):
+                raise ValueError(
+                    f"`{name}` has {len(value)} values for {len(self.model_name_or_path)} models. Give one for all or "
+                    "one for each."
+                )
+        for template in self.template:
+            if template not in TEMPLATES:
+                raise ValueError(f"`template` must be one of {', '.join(TEMPLATES)}, got {template!r}.")
+        if self.system_prompt is not None and "own" not in self.template:
+            raise ValueError(f"`system_prompt` is for the template 'own'; {self.template[0]!r} has its own.")
+        for name in ("max_tokens", "num_samples", "num_resamples", "batch_size", "num_concurrent"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
+        if self.temperature < 0:
+            raise ValueError(f"`temperature` must not be negative, got {self.temperature}.")
+        if self.temperature == 0 and (self.num_samples or 0) > 1:
+            raise ValueError("`temperature` is 0, so all of the `num_samples` of a question would be the same.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"`top_p` must be in (0, 1], got {self.top_p}.")
+        for option in fields(self):
+            read_by = _READ_BY.get(option.name, (self.engine,))
+            if self.engine not in read_by and getattr(self, option.name) != option.default:
+                raise ValueError(
+                    f"`{option.name}` is read by {' and '.join(read_by)} only, not by {self.engine}. Leave it out."
+                )
+
+    @property
+    def engine(self) -> str:
+        """What generates: `"transformers"`, `"vllm"` or `"server"`."""
+        return "server" if self.base_url else self.backend
+
+
+class Store:
+    """
+    What was generated for a benchmark: a JSON line for each question, beside a file with the settings.
+
+    Args:
+        path (`Path`):
+            The `.jsonl` file.
+        settings (`dict`):
+            What the rows depend on.
+
+    Raises:
+        ValueError: If the file is of other settings, or is damaged elsewhere than in its last line.
+    """
+
+    def __init__(self, path: Path, settings: dict):
+        self.path, self.settings = path, settings
+        self.rows: dict[int, dict] = {}
+        settings_path = path.with_suffix(".settings.json")
+        if settings_path.exists():
+            stored = json.loads(settings_path.read_text())
+            for name in {**stored, **settings}:
+                if stored.get(name) != settings.get(name):
+                    raise ValueError(
+                        f"`{name}` is {settings.get(name)!r}, and {path} was generated with {stored.get(name)!r}. Go "
+                        "on with the same settings, or use another `output_dir`."
+                    )
+            self._read()
+        elif path.exists():
+            raise ValueError(f"{path} has lost its {settings_path.name}. Use another `output_dir`.")
+
+    def _read(self):
+        if not self.path.exists():
+            return
+        content = self.path.read_bytes()
+        end = content.rfind(b"\n") + 1
+        if end < len(content):  # killed while writing
+            os.truncate(self.path, end)
+        for number, line in enumerate(content[:end].splitlines(), start=1):
+            try:
+                row = json.loads(line)
+                self.rows[row["question"]] = row
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"Line {number} of {self.path} is damaged. Delete the line.") from error
+
+    def has(self, question: Question, prompt: str) -> bool:
+        """Whether a question is done. If it is, and has changed since, it is a `ValueError`."""
+        row = self.rows.get(question.index)
+        for name, value in (("prompt", prompt), ("gold", question.gold)):
+            if row is not None and row[name] != value:
+                raise ValueError(
+                    f"`{name}` of question {question.index} is not what it was when {self.path} was generated: the "
+                    "data, or the chat template, has changed. Use another `output_dir`."
+                )
+        return row is not None
+
+    def add(self, row: dict):
+        """Appends a row."""
+        if not self.rows:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            settings_path = self.path.with_suffix(".settings.json")
+            temporary = settings_path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(self.settings, indent=2) + "\n")
+            temporary.replace(settings_path)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        self.rows[row["question"]] = row
+
+
+class _Run:
+    """A model with its template: a folder of rows, and a group of columns in the table."""
+
+    def __init__(self, args: EvaluationArguments, number: int):
+        def pick(values):
+            return values[number if len(values) > 1 else 0]
+
+        self.args = args
+        self.model = args.model_name_or_path[number]
+        self.template = pick(args.template)
+        self.base_url = pick(args.base_url) if args.base_url else None
+        folder = "__".join(part for part in Path(self.model).parts if part not in (os.sep, "."))
+        self.folder = Path(args.output_dir) / self._with_template(folder)
+        self.stores: dict[str, Store] = {}
+        self.prompts: dict[int, str] = {}
+        self.requests: list[Request] = []
+
+    def _with_template(self, name: str) -> str:
+        return name if self.template == "own" else f"{name}-{self.template}"
+
+    def label(self, short: bool) -> str:
+        return self._with_template(Path(self.model).name if short else self.model)
+
+    def prepare(self, questions: list[Question]):
+        """Renders the prompts, reads what is stored, and lists what is left to generate."""
+        args = self.args
+        remote = {"trust_remote_code": args.trust_remote_code}
+        self.tokenizer = AutoTokenizer.from_pretrained(self.model, **remote)
+        eos_token_ids = find_eos_token_ids(self.tokenizer, load_generation_config(self.model, **remote))
+        self.sampling = Sampling(args.temperature, args.top_p, tuple(eos_token_ids))
+        for number, question in enumerate(questions):
+            name = question.benchmark
+            if name not in self.stores:
+                self.stores[name] = Store(self.folder / f"{name}.jsonl", self._settings(name))
+            system_prompt = question.system_prompt if args.system_prompt is None else args.system_prompt
+            prompt, ids = render_prompt(self.tokenizer, question.content, self.template, system_prompt)
+            if not self.stores[name].has(question, prompt):
+                self.prompts[number] = prompt
+                for sample in range(self.stores[name].settings["num_samples"]):
+                    seed = sample_seed(args.seed, name, question.index, sample)
+                    self.requests.append(Request(number, sample, ids, seed, args.max_tokens))
+
+    def _settings(self, benchmark: str) -> dict:
+        args = self.args
+        num_samples = args.num_samples
+        if num_samples is None:
+            several = benchmark in BENCHMARKS and args.temperature > 0
+            num_samples = BENCHMARKS[benchmark].num_samples if several else 1
+        settings = {"model_name_or_path": self.model, "template": self.template, "num_samples": num_samples}
+        settings["backend"] = args.engine
+        settings["system_prompt"] = args.system_prompt if self.template == "own" else None
+        for name in _SETTINGS:
+            if args.engine in _READ_BY.get(name, (args.engine,)):
+                settings[name] = getattr(args, name)
+        return settings
+
+    def generate(self, questions: list[Question], label: str):
+        """Generates what is left, and stores each question when all of its samples are done."""
+        if not self.requests:
+            return
+        backend = self._backend()
+        # The longest first: whether memory suffices shows at once.
+        requests = sorted(self._within_context(questions, backend.max_length), key=lambda r: -len(r.prompt_ids))
+        completions: dict[int, dict[int, dict]] = defaultdict(dict)
+        with tqdm(total=len(requests), desc=label) as progress:
+            for request, completion in backend.generate(requests):
+                done = completions[request.question]
+                done[request.sample] = {**asdict(completion), "seed": request.seed}
+                progress.update()
+                question = questions[request.question]
+                store = self.stores[question.benchmark]
+                if len(done) == store.settings["num_samples"]:
+                    samples = [done[i] for i in range(len(done))]
+                    prompt = self.prompts[request.question]
+                    opened = prompt.rstrip().endswith("<think>")
+                    right = grade(question, [s["text"] for s in samples], opened, self.args.require_think)
+                    for sample, correct in zip(samples, right, strict=True):
+                        sample["correct"] = correct
+                    store.add(
+                        {
+                            "benchmark": question.benchmark,
+                            "question": question.index,
+                            "prompt": prompt,
+                            "gold": question.gold,
+                            "samples": samples,
+                        }
+                    )
+                    del completions[request.question]
+        del backend
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _backend(self):
+        args = self.args
+        if args.engine == "server":
+            return ServerBackend(self.model, self.sampling, self.base_url, args.num_concurrent)
+        options = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
+        if args.engine == "transformers":
+            return TransformersBackend(self.model, self.tokenizer, self.sampling, args.batch_size, **options)
+        return VLLMBackend(
+            self.model,
+            self.sampling,
+            tensor_parallel_size=args.tensor_parallel_size,
+            gpu_memory_utilization=args.gpu_memory_utilization,
+            max_model_len=args.max_model_len,
+            seed=args.seed,
+            **options,
+            **(args.vllm_kwargs or {}),
+        )
+
+    def _within_context(self, questions: list[Question], max_length: int | None) -> list[Request]:
+        if max_length is None:
+            return self.requests
+        requests = []
+        for request in self.requests:
+            room = max_length - len(request.prompt_ids)
+            if room < 1:
+                question = questions[request.question]
+                raise ValueError(
+                    f"Question {question.index} of {question.benchmark} has a prompt of {len(request.prompt_ids)} "
+                    f"tokens, and the context of {self.model!r} is {max_length}."
+                )
+            requests.append(replace(request, max_tokens=min(request.max_tokens, room)))
+        num_cut = sum(request.max_tokens < self.args.max_tokens for request in requests)
+        if num_cut:
+            logger.warning(
+                f"{num_cut} of {len(requests)} samples get less than `max_tokens`, {self.args.max_tokens} tokens: "
+                f"the context of {self.model!r} is {max_length}."
+            )
+        return requests
+
+
+def evaluate(args: EvaluationArguments) -> dict[str, dict]:
+    """
+    Evaluates models on benchmarks, and writes what they said and how they did to `output_dir`.
+
+    Args:
+        args ([`EvaluationArguments`]):
+            What to evaluate, and how.
+
+    Returns:
+        `dict[str, dict]`: For each model what [`~luffy_trl.eval.summarize`] returns.
+
+    Raises:
+        ValueError: If an argument, a row of the data or a file of an earlier evaluation cannot be used.
+    """
+    plots = importlib.util.find_spec("matplotlib") is not None
+    if not plots:
+        logger.warning("There will be no plots: matplotlib is not installed (`pip install luffy-trl[eval]`).")
+    runs = [_Run(args, number) for number in range(len(args.model_name_or_path))]
+    labels = [run.label(short=True) for run in runs]
+    if len(set(labels)) < len(runs):
+        labels = [run.label(short=False) for run in runs]
+    if len({run.folder for run in runs}) < len(runs):
+        raise ValueError("`model_name_or_path` has a model twice, with the same template.")
+    questions = load_questions(
+        args.benchmarks, args.data_files, args.datasets_dir, args.max_questions, args.shuffle_options, args.seed
+    )
+    for run in runs:  # whatever is wrong with the input is found before the first model is loaded
+        run.prepare(questions)
+    summary = {}
+    for run, label in zip(runs, labels, strict=True):
+        run.generate(questions, label)
+        rows = defaultdict(list)
+        for question in questions:
+            rows[question.benchmark].append(run.stores[question.benchmark].rows[question.index])
+        summary[label] = summarize(rows, args.num_resamples, args.seed)
+    output_dir = Path(args.output_dir)
+    (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (output_dir / "table.md").write_text(to_markdown(summary))
+    if plots:
+        plot_scores(summary, output_dir / "scores.png")
+        plot_pass_at_k(summary, output_dir / "pass_at_k.png")
+    return summary

@@ -1,0 +1,78 @@
+# Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
+
+"""
+Prompts of the models that the paper evaluates. A model is asked as it was trained: they are to the letter those of the
+authors' evaluation script.
+"""
+
+from transformers import PreTrainedTokenizerBase
+
+
+# The system message of LUFFY's data, which questions from the Hub get too.
+SYSTEM_PROMPT = (
+    "Your task is to follow a systematic, thorough reasoning process before providing the final solution. This "
+    "involves analyzing, summarizing, exploring, reassessing, and refining your thought process through multiple "
+    "iterations. Structure your response into two sections: Thought and Solution. In the Thought section, present "
+    'your reasoning using the format: "<think>\n {thoughts} </think>\n". Each thought should include detailed '
+    'analysis, brainstorming, verification, and refinement of ideas. After "</think>\n," in the Solution section, '
+    "provide the final, logical, and accurate answer, clearly derived from the exploration in the Thought section. If "
+    "applicable, include the answer in \\boxed{} for closed-form results like multiple choices or mathematical "
+    "solutions."
+)
+
+_QWEN = (
+    "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
+    "<|im_start|>user\n%s<|im_end|>\n<|im_start|>assistant\n"
+)
+_SIMPLERL = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n%s\nPlease reason step by step, "
+    "and put your final answer within \\boxed{}.<|im_end|>\n<|im_start|>assistant\n"
+)
+_PRIME = (
+    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant "
+    "first thinks about the reasoning process in the mind and then provides the user with the answer. The reasoning "
+    "process and answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, i.e., <think> "
+    "reasoning process here </think> <answer> answer here </answer>. User: %s\n\nPresent the answer in LaTex format: "
+    "\\boxed{Your answer}. Assistant:"
+)
+_FORMATS = {"qwen": _QWEN, "simplerl": _SIMPLERL, "prime": _PRIME, "none": "%s"}
+TEMPLATES = ("own", *_FORMATS)
+
+
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase, content: str, template: str = "own", system_prompt: str | None = None
+) -> tuple[str, list[int]]:
+    r"""
+    Renders a question as a prompt.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The model's tokenizer.
+        content (`str`):
+            The message of the user.
+        template (`str`, *optional*, defaults to `"own"`):
+            `"own"`, the model's chat template; `"qwen"`, Qwen2.5-Math's; `"simplerl"`, SimpleRL's; `"prime"`, PRIME's
+            zero model's; or `"none"`, the message alone.
+        system_prompt (`str`, *optional*):
+            System message before it, for `"own"`. The other templates have their own.
+
+    Returns:
+        `tuple[str, list[int]]`: The prompt and its token ids.
+
+    Raises:
+        ValueError: If there is no such template, or the tokenizer has none.
+    """
+    if template == "own":
+        if tokenizer.chat_template is None:
+            raise ValueError(
+                f"`template` is 'own', and the tokenizer of {tokenizer.name_or_path!r} has no chat template. Choose "
+                f"one of {', '.join(_FORMATS)}."
+            )
+        messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        messages.append({"role": "user", "content": content})
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return prompt, tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    if template not in _FORMATS:
+        raise ValueError(f"`template` must be one of {', '.join(TEMPLATES)}, got {template!r}.")
+    prompt = _FORMATS[template] % content
+    return prompt, tokenizer(prompt)["input_ids"]

@@ -1,0 +1,320 @@
+# Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
+
+"""
+Grading of answers by math-verify, in worker processes with a hard limit on time and memory.
+
+A worker runs this file as a script: it starts in the time that math-verify takes to import, without torch, and neither
+forks a process that holds CUDA or gloo nor imports the user's main module a second time.
+"""
+
+import functools
+import logging
+import math
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+from multiprocessing.connection import Connection, Pipe, wait
+from typing import Any, NamedTuple
+
+from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
+
+_LATEX = (LatexExtractionConfig(boxed_match_priority=0),)  # LaTeX only, and what is boxed before anything else
+_LATEX_OR_TEXT = (LatexExtractionConfig(), ExprExtractionConfig())
+_ANCHOR = re.compile(r"\\boxed|(?<!\\)\$")
+_PROSE = re.compile(r"####|(?:^|\s)[A-Za-z]{3,}(?=[\s.,:;]|$)")
+
+_START_LIMIT = 120  # seconds; Python may be on a slow network disk
+_START_ATTEMPTS = 3
+_MAX_CALLS_AT_ONCE = 16
+
+
+def grade(gold: str, answers: tuple[str, ...]) -> bool | None:
+    r"""
+    Whether an answer equals the gold answer, as judged by math-verify. Without limits: call it in a [`WorkerPool`].
+
+    Args:
+        gold (`str`):
+            Gold answer: a LaTeX expression, or a text with one.
+        answers (`tuple[str, ...]`):
+            What is inside of each of the answer's boxes; or, of an answer without a box, the whole text. Several have
+            to be right one by one, or together, as the list `a,b`.
+
+    Returns:
+        `bool` or `None`: `None` where no gold answer can be parsed.
+    """
+    parsed_gold = _parse_gold(gold)
+    if not parsed_gold:
+        return None
+
+    def is_right(answer):
+        parsed = parse(answer, _LATEX, extraction_mode="first_match", parsing_timeout=None)
+        return verify(parsed_gold, parsed, timeout_seconds=None)
+
+    if not answers:
+        return False
+    if all(is_right(answer) for answer in answers):
+        return True
+    return len(answers) > 1 and is_right("".join(answers))  # math-verify reads adjacent boxes as a list
+
+
+@functools.lru_cache(maxsize=1024)
+def _parse_gold(gold: str) -> list:
+    if _ANCHOR.search(gold):
+        return parse(gold, _LATEX_OR_TEXT, parsing_timeout=None)
+    # math-verify reads a bare expression only inside an anchor, and all of a sentence there as an expression
+    parsed = parse(rf"\boxed{{{gold}}}", _LATEX, parsing_timeout=None)
+    if _PROSE.search(gold):
+        return parse(gold, _LATEX_OR_TEXT, parsing_timeout=None) or parsed
+    return parsed or parse(gold, _LATEX_OR_TEXT, parsing_timeout=None)
+
+
+class Failure(NamedTuple):
+    """
+    What [`WorkerPool.map`] gives in place of a result.
+
+    Args:
+        reason (`str`):
+            `"time limit"`, `"exit code -11"` (a worker that ended, by signal 11), or the exception.
+    """
+
+    reason: str
+
+
+class WorkerPool:
+    """
+    Calls a function in worker processes, each call within a hard limit.
+
+    A worker that exceeds the time limit is killed, whatever it is at: an alarm inside of it would not reach code in C.
+    A worker that crashes costs the one call that it was at. Workers are started when the first calls come, end with
+    their parent, however that ends, and are replaced after a failure and when they have grown. Every thread may use
+    the pool, one at a time; a forked process has workers of its own. POSIX only.
+
+    Args:
+        function (`Callable`, *optional*, defaults to [`grade`]):
+            Function of a module that workers can import.
+        num_workers (`int`, *optional*):
+            Number of workers. By default the environment variable `LUFFY_REWARD_WORKERS`, or else this process' share
+            of the node's CPUs, 8 at most.
+        timeout (`float`, *optional*):
+            Seconds that a call may take, without the start of a worker. By default the environment variable
+            `LUFFY_REWARD_TIMEOUT`, or else 5.
+        memory_limit (`float`, *optional*):
+            Address space of a worker, in MiB. By default the environment variable `LUFFY_REWARD_MEMORY`, or else 1024.
+            Not enforced on macOS. A worker whose resident memory has grown beyond a quarter of it is replaced.
+        calls_per_worker (`int`, *optional*, defaults to `20000`):
+            Number of calls after which a worker is replaced.
+
+    Raises:
+        ValueError: If a limit is not a positive number.
+    """
+
+    def __init__(
+        self,
+        function: Callable = grade,
+        num_workers: int | None = None,
+        timeout: float | None = None,
+        memory_limit: float | None = None,
+        calls_per_worker: int = 20_000,
+    ):
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        share = min(8, max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        self.num_workers = int(_positive("num_workers", num_workers, "LUFFY_REWARD_WORKERS", share, least=1))
+        self.timeout = _positive("timeout", timeout, "LUFFY_REWARD_TIMEOUT", 5.0)
+        self.memory_limit = _positive("memory_limit", memory_limit, "LUFFY_REWARD_MEMORY", 1024.0, least=128)
+        self.calls_per_worker = int(_positive("calls_per_worker", calls_per_worker, None, None, least=1))
+        self._function = function
+        self._workers: list[_Worker] = []
+        self._lock = threading.Lock()
+        weakref.finalize(self, _stop, self._workers)  # runs at exit, too
+        _POOLS.add(self)
+
+    def map(self, calls: list[tuple]) -> list[Any]:
+        """
+        Calls the function with each tuple of arguments.
+
+        Args:
+            calls (`list[tuple]`):
+                Arguments of each call. What is passed and returned is pickled.
+
+        Returns:
+            `list`: The result of each call, or a [`Failure`].
+
+        Raises:
+            RuntimeError: If workers cannot be started.
+        """
+        with self._lock:
+            try:
+                return self._map(calls)
+            finally:  # after an exception, such as a `KeyboardInterrupt`, nobody waits for the calls under way
+                self._retire([worker for worker in self._workers if worker.calls])
+
+    def close(self):
+        """Ends the workers. The next `map` starts others."""
+        with self._lock:
+            self._retire(list(self._workers))
+
+    def _map(self, calls):
+        results, waiting, failed_starts = [None] * len(calls), deque(range(len(calls))), 0
+        # an idle worker that was killed since the last batch is no fault of the next call
+        self._retire([worker for worker in self._workers if worker.process.poll() is not None])
+        while True:
+            for worker in self._workers:
+                if waiting and worker.is_ready and not worker.calls:
+                    # Several at once: a busy machine takes longer to wake a process than to grade. Few at the end.
+                    share = min(_MAX_CALLS_AT_ONCE, 1 + len(waiting) // (4 * self.num_workers))
+                    worker.send([waiting.popleft() for _ in range(min(share, len(waiting)))], calls, self.timeout)
+            if not waiting and not any(worker.calls for worker in self._workers):
+                return results
+            for _ in range(min(self.num_workers - len(self._workers), len(waiting))):
+                self._workers.append(_Worker(self))
+            listening = [worker for worker in self._workers if worker.calls or not worker.is_ready]
+            seconds = min(worker.deadline for worker in listening) - time.monotonic()
+            readable = set(wait([worker.connection for worker in listening], max(seconds, 0)))
+            now = time.monotonic()
+            for worker in listening:
+                if worker.connection in readable:
+                    result, failure, is_last = worker.receive()
+                elif now >= worker.deadline:
+                    result, failure, is_last = None, "time limit", True
+                else:
+                    continue
+                if worker.is_ready:
+                    results[worker.calls.popleft()] = Failure(failure) if failure else result
+                    worker.deadline = now + self.timeout
+                elif not failure:
+                    worker.is_ready, failed_starts = True, 0
+                elif (failed_starts := failed_starts + 1) == _START_ATTEMPTS:
+                    raise RuntimeError(f"Worker processes for grading do not start: {failure}.")
+                if is_last:
+                    waiting.extendleft(reversed(worker.calls))
+                    self._retire([worker])
+
+    def _retire(self, workers):
+        _stop(workers)
+        self._workers[:] = [worker for worker in self._workers if worker not in workers]
+
+    def _forget(self):  # in a forked process, whose parent goes on with the workers
+        for worker in self._workers:
+            worker.connection.close()
+        self._workers.clear()
+        self._lock = threading.Lock()
+
+
+_POOLS: weakref.WeakSet[WorkerPool] = weakref.WeakSet()
+# A forked process, such as a data loader's, would hold connections open and so hide the parent's end from the workers.
+os.register_at_fork(after_in_child=lambda: [pool._forget() for pool in _POOLS])
+
+
+@functools.cache
+def shared_pool() -> WorkerPool:
+    """The pool of this process for [`grade`]; the environment variables count at its first use."""
+    return WorkerPool()
+
+
+def _positive(name: str, value: float | None, variable: str | None, default: float | None, least: float = 0) -> float:
+    if value is None:
+        name, value = variable, os.environ.get(variable, default)
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not (math.isfinite(number) and number > 0 and number >= least):
+        bound = f"of {least} or more" if least else "above 0"
+        raise ValueError(f"`{name}` is {value!r}. Give a number {bound}.")
+    return number
+
+
+def _stop(workers: "list[_Worker]"):
+    for worker in workers:
+        worker.process.kill()
+    for worker in workers:
+        worker.process.wait()
+        worker.connection.close()
+
+
+class _Worker:
+    def __init__(self, pool):
+        self.connection, theirs = Pipe()
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", __file__, str(theirs.fileno())],  # -P: this file's folder stays off the path
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+        self.is_ready, self.calls, self.deadline = False, deque(), time.monotonic() + _START_LIMIT
+        function = None if pool._function is grade else pool._function  # unpickling `grade` would import the package
+        self.connection.send((function, pool.timeout, pool.memory_limit, pool.calls_per_worker))
+
+    def send(self, indices, calls, timeout):
+        self.calls.extend(indices)
+        self.deadline = time.monotonic() + timeout
+        try:
+            self.connection.send([calls[i] for i in indices])
+        except OSError:
+            pass  # it has ended, as `receive` will find
+
+    def receive(self):
+        try:
+            return self.connection.recv()
+        except (EOFError, OSError):
+            return None, f"exit code {self.process.wait()}", True
+
+
+def _work(connection: Connection):
+    """The life of a worker: it replies to each call with a result, a failure, and whether that was its last."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    logging.disable()
+    try:
+        function, timeout, memory_limit, calls_left = connection.recv()
+    except Exception as error:
+        return connection.send((None, repr(error), True))
+    for limit, value in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_AS, int(memory_limit * 2**20))):
+        try:
+            resource.setrlimit(limit, (value, value))
+        except (ValueError, OSError):
+            pass  # macOS, or a limit of the user's that is lower
+    connection.send((None, None, False))
+    while True:
+        for call in connection.recv():
+            # The parent keeps the time. Should it be gone, then SIGPROF ends what would not come back to see that.
+            signal.setitimer(signal.ITIMER_PROF, timeout + 1)
+            result = failure = None
+            try:
+                result = (function or grade)(*call)
+            except Exception as error:
+                failure = repr(error)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            calls_left -= 1
+            is_last = bool(failure or calls_left == 0 or _resident_memory() > memory_limit / 4)
+            connection.send((result, failure, is_last))
+            if is_last:
+                return
+
+
+def _resident_memory() -> float:
+    """In MiB; 0 where the platform does not tell."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize() / 2**20
+    except OSError:
+        return 0.0
+
+
+if __name__ == "__main__":
+    try:
+        _work(Connection(int(sys.argv[1])))
+    except (EOFError, OSError):
+        pass  # the parent is gone

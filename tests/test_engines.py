@@ -1,0 +1,84 @@
+# Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
+
+"""
+One mixed batch on one process and on two, with DDP, FSDP2 and DeepSpeed, by the files of `accelerate_configs/`: same
+losses, gradient norms and weights. See `cpu_engines.py` for how FSDP2 and DeepSpeed run on a CPU.
+"""
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+
+CONFIGS = Path(__file__).parent.parent / "accelerate_configs"
+ENGINES = {"multi_gpu": "ddp", "fsdp2": "fsdp", "zero2": "zero2", "zero3": "zero3"}
+
+
+def environment(config, **kwargs):
+    pretend = {"PRETEND": "1", "DS_ACCELERATOR": "cpu"} if config in ("fsdp2", "zero2", "zero3") else {}
+    return {**(pretend or {"ACCELERATE_USE_CPU": "true"}), **kwargs}
+
+
+def curve(rank):
+    return [(log["loss"], log["grad_norm"]) for log in rank["log_history"] if "grad_norm" in log]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The run on one process: what it logged, and its weights."""
+    folder = tmp_path_factory.mktemp("alone")
+    (rank,) = tiny.launch("canned", folder, 1, CONFIGS / "cpu.yaml", environment("cpu", PER_DEVICE="4"))
+    return rank, load_file(folder / "saved" / "model.safetensors")
+
+
+def assert_same(ranks, folder, alone, atol):
+    expected_rank, expected_weights = alone
+    for rank in ranks:
+        torch.testing.assert_close(curve(rank), curve(expected_rank), atol=atol, rtol=1e-5)
+    weights = load_file(folder / "saved" / "model.safetensors")
+    assert weights.keys() == expected_weights.keys()
+    for name, value in expected_weights.items():
+        torch.testing.assert_close(weights[name].float(), value, atol=atol, rtol=1e-5)
+
+
+def test_one_gpu(tmp_path, alone):
+    ranks = tiny.launch("canned", tmp_path, 1, CONFIGS / "single_gpu.yaml", environment("cpu", PER_DEVICE="4"))
+    assert_same(ranks, tmp_path, alone, atol=0)
+
+
+@pytest.mark.parametrize("config", ENGINES)
+def test_two_processes(tmp_path, alone, config):
+    """Each process holds a half of each group, and one of them demonstrations alone where a group has two."""
+    ranks = tiny.launch("canned", tmp_path, 2, CONFIGS / f"{config}.yaml", environment(config, PER_DEVICE="2"))
+    assert [rank["engine"] for rank in ranks] == [ENGINES[config]] * 2
+    generated = [sum(of_ranks) for of_ranks in zip(*(rank["generated"] for rank in ranks), strict=True)]
+    assert generated == alone[0]["generated"]
+    # AdamW's first steps are about lr * sign(gradient): where a gradient is nearly 0, rounding moves a weight
+    assert_same(ranks, tmp_path, alone, atol=2e-6 if config == "multi_gpu" else 2e-5)
+
+
+def test_lora_in_two_processes(tmp_path):
+    folders = [tmp_path / "one", tmp_path / "two"]
+    options = {"CANNED_OPTIONS": '{"lora": true}'}
+    one = tiny.launch("canned", folders[0], 1, CONFIGS / "cpu.yaml", environment("cpu", PER_DEVICE="4", **options))
+    two = tiny.launch("canned", folders[1], 2, CONFIGS / "multi_gpu.yaml", environment("", PER_DEVICE="2", **options))
+    expected, weights = (load_file(folder / "saved" / "adapter_model.safetensors") for folder in folders)
+    assert expected.keys() == weights.keys() and any("lora_B" in name for name in weights)
+    for rank in two:
+        torch.testing.assert_close(curve(rank), curve(one[0]), atol=2e-6, rtol=1e-5)
+    for name, value in expected.items():
+        assert value.abs().max() > 0
+        torch.testing.assert_close(weights[name], value, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("config", ["fsdp2", "zero3"])
+def test_generation_is_collective(tmp_path, config):
+    """A process whose rows are all demonstrations takes part in the generation of the other; nothing hangs."""
+    ranks = tiny.launch("count", tmp_path, 2, CONFIGS / f"{config}.yaml", environment(config), timeout=240)
+    # With one demonstration, rank 0 has a rollout; with two it has none, and generates one row for nothing.
+    assert [rank[1, 2] for rank in ranks] == [[1, 1], [2, 2]]
+    assert [rank[2, 2] for rank in ranks] == [[1, 1], [2, 2]]
+    assert [rank[2, 4] for rank in ranks] == [[2, 2], [2, 2]]
