@@ -145,6 +145,9 @@ def main():
     parser.add_argument(
         "--stages", nargs="+", default=["tune", "compare", "map", "report"], help="What to do of it, in this order."
     )
+    parser.add_argument(
+        "--conditions", nargs="+", choices=MAP_CONDITIONS, default=list(MAP_CONDITIONS), help="Of the map."
+    )
     args = parser.parse_args()
     folder = args.output_dir.absolute()
 
@@ -177,7 +180,7 @@ def main():
         do(
             [
                 Run("map", "chains", condition, method, best["chains", method], seed)
-                for seed, condition, method in itertools.product(MAP_SEEDS, MAP_CONDITIONS, MAP_METHODS)
+                for seed, condition, method in itertools.product(MAP_SEEDS, args.conditions, MAP_METHODS)
             ],
             "Map",
         )
