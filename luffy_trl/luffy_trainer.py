@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import requests
 import torch
 import torch.distributed
 from accelerate.utils import broadcast_object_list, gather_object
@@ -502,7 +501,9 @@ class LuffyTrainer(GRPOTrainer):
             has_fallback = self._fallback is not None
             if has_fallback:
                 self._replace_failures(prompts, *result[:2], *result[3:5])
-        except requests.RequestException as error:
+        except OSError as error:  # what the client of the vLLM server raises
+            if not self.use_vllm or self.vllm_mode != "server":
+                raise
             raise RuntimeError(
                 f"The vLLM server was lost while completions for update {self.state.global_step + 1} were generated "
                 f"({error}). Start it again, and resume from the last checkpoint in {self.args.output_dir!r} with "

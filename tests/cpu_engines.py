@@ -4,8 +4,8 @@
 FSDP2 and DeepSpeed on the CPU, for tests.
 
 accelerate turns both off where there is no accelerator: it calls several processes on CPUs `MULTI_CPU`, and leaves the
-plugins out. Called `MULTI_GPU` with the backend gloo and the device "cpu", torch's FSDP2 and DeepSpeed themselves run as
-they are. Only what accelerate thinks of the machine is made up here.
+plugins out. Called `MULTI_GPU` with the backend gloo and the device "cpu", torch's FSDP2 and DeepSpeed themselves run
+as they are. Only what accelerate thinks of the machine is made up here.
 """
 
 import torch

@@ -14,10 +14,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks" / "compare_methods"))
 sys.path.insert(0, str(ROOT / "examples" / "quickstart"))
-import compare
-import methods
-import report
-import sorting
+import compare  # noqa: E402
+import methods  # noqa: E402
+import report  # noqa: E402
+import sorting  # noqa: E402
 
 
 def test_sorting_by_hand():

@@ -1,0 +1,445 @@
+# Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
+
+"""
+Make reasoning traces for problems with a teacher behind an OpenAI-compatible endpoint, and keep those that are right.
+
+    vllm serve deepseek-ai/DeepSeek-R1-Distill-Qwen-7B --reasoning-parser deepseek_r1
+    python -m luffy_trl.data.generate --dataset_name problems.jsonl --output_dir data/my_traces --num_traces 4 \
+        --base_url http://localhost:8000/v1 --model deepseek-ai/DeepSeek-R1-Distill-Qwen-7B
+
+Every answer of the teacher goes to a journal beside the output at once. A run that was ended, however that was, goes
+on where it stood when it is started again, and asks for nothing twice.
+"""
+
+import asyncio
+import hashlib
+import json
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from .openr1 import Checker, OpenR1Arguments, Report, stream, to_row, write_training_data
+
+
+_RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 529}
+_LONGEST_WAIT = 60.0  # seconds; where the endpoint does not say
+
+
+@dataclass(kw_only=True)
+class GenerateArguments(OpenR1Arguments):
+    r"""
+    Arguments of the command, beside those of [`~luffy_trl.data.openr1.OpenR1Arguments`]. Rows of `dataset_name` need
+    `prompt` (or `problem`) and `answer`; traces that they have are not read.
+
+    Args:
+        base_url (`str`):
+            The endpoint, up to `/v1`.
+        model (`str`):
+            Name of the teacher there.
+        api_key_env (`str`, *optional*):
+            Environment variable that holds the key. Without it, none is sent.
+        num_traces (`int`, *optional*, defaults to `1`):
+            Traces to ask for, for each problem.
+        temperature (`float`, *optional*, defaults to `0.6`):
+            Sampling temperature.
+        top_p (`float`, *optional*, defaults to `0.95`):
+            Sampling threshold.
+        max_tokens (`int`, *optional*, defaults to `8192`):
+            Most tokens of an answer, as the teacher counts them. One that is cut is dropped.
+        instruction (`str`, *optional*):
+            What the teacher is told behind the question; it does not go into the data. By default to reason step by
+            step, and to put the final answer within `\boxed{}`.
+        send_system_prompt (`bool`, *optional*, defaults to `False`):
+            Whether the teacher sees the system message of a prompt. It was written for the policy.
+        concurrency (`int`, *optional*, defaults to `16`):
+            Most requests under way at once.
+        requests_per_minute (`float`, *optional*):
+            Most requests that are started in a minute.
+        timeout (`float`, *optional*, defaults to `1800.0`):
+            Seconds to wait for an answer.
+        max_retries (`int`, *optional*, defaults to `8`):
+            How often to repeat a request that fails for the time being: no connection, no answer, 429 or 5xx. Waits
+            double from one second to a minute, or are what the endpoint asks for (`Retry-After`).
+        journal_file (`str`, *optional*):
+            Where answers are kept. Defaults to the output folder's name and `.journal.jsonl`.
+    """
+
+    base_url: str = field(metadata={"help": "The endpoint, up to /v1."})
+    model: str = field(metadata={"help": "Name of the teacher there."})
+    api_key_env: str | None = field(default=None, metadata={"help": "Environment variable that holds the key."})
+    num_traces: int = field(default=1, metadata={"help": "Traces to ask for, for each problem."})
+    temperature: float = field(default=0.6, metadata={"help": "Sampling temperature."})
+    top_p: float = field(default=0.95, metadata={"help": "Sampling threshold."})
+    max_tokens: int = field(default=8192, metadata={"help": "Most tokens of an answer. One that is cut is dropped."})
+    instruction: str = field(
+        default="Please reason step by step, and put your final answer within \\boxed{}.",
+        metadata={"help": "What the teacher is told behind the question. It does not go into the data."},
+    )
+    send_system_prompt: bool = field(
+        default=False, metadata={"help": "Let the teacher see the system message of a prompt."}
+    )
+    concurrency: int = field(default=16, metadata={"help": "Most requests under way at once."})
+    requests_per_minute: float | None = field(
+        default=None, metadata={"help": "Most requests that are started in a minute."}
+    )
+    timeout: float = field(default=1800.0, metadata={"help": "Seconds to wait for an answer."})
+    max_retries: int = field(default=8, metadata={"help": "How often to repeat a request that fails for now."})
+    journal_file: str | None = field(
+        default=None, metadata={"help": "Where answers are kept; by default beside output_dir."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.verify == "flags":
+            raise ValueError("`verify='flags'` is for traces that a dataset brings. Use 'math_verify' or 'none'.")
+        if not self.base_url.startswith(("http://", "https://")):
+            raise ValueError(f"`base_url` must begin with http:// or https://, got {self.base_url!r}.")
+        if self.api_key_env is not None and not os.environ.get(self.api_key_env):
+            raise ValueError(f"`api_key_env` names the environment variable {self.api_key_env}, which is not set.")
+        for name, least in (("num_traces", 1), ("max_tokens", 1), ("concurrency", 1), ("max_retries", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
+        for name in ("timeout", "requests_per_minute"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}.")
+        if self.journal_file is None:
+            self.journal_file = f"{self.output_dir.rstrip('/')}.journal.jsonl"
+
+
+class Journal:
+    """
+    Answers by request, in a file to which lines are only ever added. Memory holds where each line begins.
+
+    A last line that was cut when its writer was killed is taken off.
+
+    Args:
+        path (`str`):
+            The file. It is made if it is not there.
+
+    Raises:
+        ValueError: If another line cannot be read.
+    """
+
+    def __init__(self, path: str):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path, "a+b")
+        self._offsets: dict[str, int] = {}
+        self._file.seek(0)
+        end = 0
+        for number, line in enumerate(self._file, start=1):
+            if not line.endswith(b"\n"):
+                break  # cut
+            try:
+                self._offsets[json.loads(line)["key"]] = end
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"Line {number} of the journal {path!r} cannot be read. Remove the line.") from None
+            end += len(line)
+        self._file.truncate(end)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._offsets
+
+    def __getitem__(self, key: str) -> dict[str, Any]:
+        self._file.seek(self._offsets[key])
+        return json.loads(self._file.readline())
+
+    def add(self, record: dict[str, Any]):
+        """Adds an answer; `record["key"]` says to which request."""
+        self._offsets[record["key"]] = self._file.seek(0, os.SEEK_END)
+        self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()  # to the operating system: a kill cannot take it back
+
+
+class Pace:
+    """
+    When a request may start: so many a minute, and none before the endpoint wants to hear from us again.
+
+    Args:
+        requests_per_minute (`float`, *optional*):
+            Most requests that are started in a minute, evenly spread.
+    """
+
+    def __init__(self, requests_per_minute: float | None = None):
+        self._interval = 60 / requests_per_minute if requests_per_minute else 0.0
+        self._next = self._not_before = 0.0
+
+    def hold(self, seconds: float):
+        """Lets no request start for some seconds."""
+        self._not_before = max(self._not_before, time.monotonic() + seconds)
+
+    async def wait(self):
+        """Waits for the turn of a request."""
+        while (delay := max(self._next, self._not_before) - time.monotonic()) > 0:
+            await asyncio.sleep(delay)
+        self._next = time.monotonic() + self._interval
+
+
+class Refused(RuntimeError):
+    """The endpoint will not answer this request, however often it is repeated."""
+
+
+class Teacher:
+    """
+    Asks the endpoint.
+
+    Args:
+        args ([`GenerateArguments`]):
+            Where and how to ask.
+        client ([`httpx.AsyncClient`]):
+            Connection to the endpoint.
+    """
+
+    def __init__(self, args: GenerateArguments, client: httpx.AsyncClient):
+        self.args = args
+        self.client = client
+        self.pace = Pace(args.requests_per_minute)
+        self.counts: Counter[str] = Counter()
+
+    async def ask(self, messages: list[dict[str, str]]) -> dict[str, Any]:
+        """
+        Asks for one trace.
+
+        Args:
+            messages (`list[dict[str, str]]`):
+                What the teacher sees.
+
+        Returns:
+            `dict[str, Any]`: `trace`, `finish_reason` and `usage`.
+
+        Raises:
+            Refused: If the endpoint refuses the request.
+            httpx.HTTPError: If it still fails when it has been repeated `max_retries` times.
+        """
+        payload = {name: getattr(self.args, name) for name in ("model", "temperature", "top_p", "max_tokens")}
+        payload["messages"] = messages
+        for attempt in range(self.args.max_retries + 1):
+            await self.pace.wait()
+            self.counts["sent"] += 1
+            seconds = min(2.0**attempt, _LONGEST_WAIT) * random.uniform(0.5, 1.0)
+            try:
+                response = await self.client.post("chat/completions", json=payload)
+                if response.status_code in _RETRIED:
+                    asked_for = retry_after(response)
+                    if asked_for is not None:
+                        seconds = asked_for
+                        self.pace.hold(asked_for)  # what is too much from one request is too much from all
+                elif response.is_error:
+                    raise Refused(f"{response.status_code} {response.reason_phrase}: {response.text[:500]}")
+                response.raise_for_status()
+                return read_answer(response)
+            except httpx.HTTPError as error:
+                if attempt == self.args.max_retries:
+                    raise
+                self.counts[f"repeated after {_name(error)}"] += 1
+            await asyncio.sleep(seconds)
+
+
+def _name(error: httpx.HTTPError) -> str:
+    return str(error.response.status_code) if isinstance(error, httpx.HTTPStatusError) else type(error).__name__
+
+
+def retry_after(response: httpx.Response) -> float | None:
+    """
+    How long the endpoint asks us to wait.
+
+    Args:
+        response ([`httpx.Response`]):
+            A response, perhaps with the header `Retry-After`: seconds, or a date.
+
+    Returns:
+        `float` or `None`: Seconds, if it asks for any.
+    """
+    value = response.headers.get("retry-after", "").strip()
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return None
+
+
+def read_answer(response: httpx.Response) -> dict[str, Any]:
+    """
+    Reads the trace from a response, with the reasoning that some servers return beside the answer.
+
+    Args:
+        response ([`httpx.Response`]):
+            A chat completion.
+
+    Returns:
+        `dict[str, Any]`: `trace`, `finish_reason` and `usage`.
+
+    Raises:
+        httpx.DecodingError: If it is no chat completion.
+    """
+    try:
+        body = response.json()
+        choice = body["choices"][0]
+        message = choice["message"]
+        reasoning = message.get("reasoning_content") or message.get("reasoning")
+        trace = message.get("content") or ""
+        if reasoning:
+            trace = f"<think>\n{reasoning.strip()}\n</think>\n\n{trace.strip()}"
+        elif "</think>" in trace and "<think>" not in trace:  # the teacher's template had opened it
+            trace = f"<think>\n{trace.lstrip()}"
+        return {"trace": trace, "finish_reason": choice.get("finish_reason"), "usage": body.get("usage")}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise httpx.DecodingError(f"not a chat completion: {response.text[:200]!r}") from error
+
+
+def teacher_messages(row: dict[str, Any], args: GenerateArguments) -> list[dict[str, str]]:
+    """
+    What the teacher sees of a row.
+
+    Args:
+        row (`dict[str, Any]`):
+            A row of [`~luffy_trl.data.openr1.to_row`].
+        args ([`GenerateArguments`]):
+            Says what to add and what to leave out.
+
+    Returns:
+        `list[dict[str, str]]`: Chat messages.
+    """
+    prompt = row["prompt"]
+    prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    messages = [dict(message) for message in prompt if args.send_system_prompt or message["role"] != "system"]
+    if args.instruction:
+        messages[-1]["content"] += f"\n\n{args.instruction}"
+    return messages
+
+
+def request_key(messages: list[dict[str, str]], number: int, args: GenerateArguments) -> str:
+    """
+    Name of a request in the journal: what is asked, of whom, how, and for the how-manieth time.
+
+    Args:
+        messages (`list[dict[str, str]]`):
+            What the teacher sees.
+        number (`int`):
+            Which of the `num_traces`.
+        args ([`GenerateArguments`]):
+            The model and its sampling parameters.
+
+    Returns:
+        `str`: A hash.
+    """
+    request = [messages, number, args.model, args.temperature, args.top_p, args.max_tokens]
+    return hashlib.blake2b(json.dumps(request).encode(), digest_size=16).hexdigest()
+
+
+def _rows(args: GenerateArguments) -> Iterator[dict[str, Any]]:
+    for number, raw in enumerate(stream(args.dataset_name, args.dataset_split, args.dataset_config)):
+        yield to_row(raw, number, args.system_prompt)
+
+
+def _requests(args: GenerateArguments, checker: Checker) -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """Key and messages of every request that is worth its price."""
+    for row in _rows(args):
+        if checker.check_row(row) is None:
+            messages = teacher_messages(row, args)
+            yield from ((request_key(messages, number, args), messages) for number in range(args.num_traces))
+
+
+async def ask_all(args: GenerateArguments, checker: Checker, journal: Journal) -> Counter:
+    """
+    Asks for every trace that the journal does not have.
+
+    Args:
+        args ([`GenerateArguments`]):
+            What to ask, and how.
+        checker ([`~luffy_trl.data.openr1.Checker`]):
+            Says for which rows.
+        journal ([`Journal`]):
+            Gets the answers.
+
+    Returns:
+        `Counter`: Number of requests by what became of them.
+
+    Raises:
+        Refused: If the endpoint refuses the first request that it answers, the key, or the model.
+        ValueError: If a row of the dataset cannot be read; before anything is asked.
+    """
+    keys = {key: key in journal for key, _ in _requests(args, checker)}
+    headers = {"Authorization": f"Bearer {os.environ[args.api_key_env]}"} if args.api_key_env else {}
+    client = httpx.AsyncClient(
+        base_url=args.base_url,
+        headers=headers,
+        timeout=httpx.Timeout(args.timeout, connect=30.0),
+        limits=httpx.Limits(max_connections=args.concurrency),
+    )
+    progress = tqdm(total=len(keys), initial=sum(keys.values()), desc="Asking the teacher", unit=" traces")
+    requests, under_way = _requests(args, checker), set()
+
+    async def work():
+        for key, messages in requests:
+            if key in journal or key in under_way:
+                continue
+            under_way.add(key)
+            try:
+                answer = await teacher.ask(messages)
+            except Refused as error:
+                if not teacher.counts["answered"] or str(error)[:3] in ("401", "403", "404"):
+                    raise
+                teacher.counts[f"refused with {str(error)[:3]}"] += 1
+            except httpx.HTTPError as error:
+                teacher.counts[f"given up after {_name(error)}"] += 1
+            else:
+                journal.add({"key": key, **answer})
+                teacher.counts["answered"] += 1
+            progress.update()
+
+    async with client:
+        teacher = Teacher(args, client)
+        teacher.counts["in the journal"] = sum(keys.values())
+        with progress:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(args.concurrency):
+                    group.create_task(work())
+    return teacher.counts
+
+
+def main(args: GenerateArguments) -> Report:
+    checker, journal = Checker(args), Journal(args.journal_file)
+    try:
+        counts = asyncio.run(ask_all(args, checker, journal))
+    except ExceptionGroup as group:
+        refused, others = group.split(Refused)
+        if others:
+            raise
+        raise SystemExit(f"The endpoint {args.base_url} refuses a request: {refused.exceptions[0]}") from None
+
+    def rows():
+        for row in _rows(args):
+            messages = teacher_messages(row, args)
+            keys = [request_key(messages, number, args) for number in range(args.num_traces)]
+            answers = [journal[key] for key in keys if key in journal]
+            row["demonstrations"] = [answer["trace"] for answer in answers]
+            row["complete"] = [answer["finish_reason"] in ("stop", None) for answer in answers]
+            row["correct"] = [None] * len(answers)
+            yield row
+
+    source = f"`{args.dataset_name}` and `{args.model}`"
+    report = write_training_data(rows(), args, source, checker=checker, requests=dict(counts))
+    failed = sum(number for name, number in counts.items() if name.startswith(("refused", "given up")))
+    if failed:
+        print(
+            f"{failed} requests got no answer. To ask for these again, and for these only, run the command once more, "
+            "with `--overwrite_output_dir`."
+        )
+    return report
+
+
+if __name__ == "__main__":
+    main(*HfArgumentParser(GenerateArguments).parse_args_into_dataclasses())

@@ -1,0 +1,670 @@
+# Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
+
+"""
+Turn public sets of reasoning traces into training data: convert, filter, and report what was dropped and why.
+
+    python -m luffy_trl.data.openr1 --dataset_name Elliott/Openr1-Math-46k-8192 --output_dir data/openr1_math_46k \
+        --model_name_or_path models/qwen2.5_math_7b --evaluation_files valid.parquet
+
+It reads the authors' dataset (one trace a row), `open-r1/OpenR1-Math-220k` (several), and what has our columns
+already. Rows are streamed, so that memory stays flat. Answers are judged by `math_verify_reward`: in parallel, each
+within a time limit; the environment variables that it reads (`LUFFY_REWARD_WORKERS`, ...) count here as well.
+"""
+
+import hashlib
+import itertools
+import json
+import re
+import shutil
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Features, List, Value, load_dataset_builder
+from datasets.packaged_modules.parquet.parquet import ParquetConfig
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, HfArgumentParser
+
+from ..chat_templates import SYSTEM_PROMPT
+from ..demonstrations import DemonstrationTokenizer, find_eos_token_ids, load_generation_config
+from ..rewards import math_verify_reward
+from . import load_data
+
+
+SHARD_BYTES = 300_000_000  # of text; parquet compresses it to about a third
+
+_CHAT = List({"role": Value("string"), "content": Value("string")})
+_ROWS_PER_BATCH = 100
+_TRACES_PER_CALL = 8  # of the tokenizer, which takes about a hundred bytes for each token
+
+
+@dataclass
+class OpenR1Arguments:
+    """
+    Arguments of the command.
+
+    Args:
+        dataset_name (`str`):
+            Dataset on the Hub, local folder or file.
+        output_dir (`str`):
+            Folder to write: parquet files, and the report as `report.json` and `report.md`.
+        dataset_split (`str`, *optional*, defaults to `"train"`):
+            Split to read.
+        dataset_config (`str`, *optional*):
+            Configuration of the dataset, where it has several.
+        system_prompt (`str`, *optional*):
+            System message of every prompt; an empty one takes it out. By default rows keep theirs, and OpenR1-Math's,
+            which have none, get the paper's.
+        model_name_or_path (`str`, *optional*):
+            The policy that will be trained. Its tokenizer and its chat template measure lengths; without it, no row is
+            dropped for its length.
+        max_prompt_length (`int`, *optional*, defaults to `1024`):
+            Most tokens of a rendered prompt.
+        max_completion_length (`int`, *optional*, defaults to `8192`):
+            Most tokens of a trace, the one that ends it included.
+        verify (`str`, *optional*, defaults to `"math_verify"`):
+            How a trace's answer is judged: `"math_verify"` (against `answer`), `"flags"` (by the dataset's own
+            `correctness_math_verify`) or `"none"`.
+        require_think (`bool`, *optional*, defaults to `True`):
+            Whether math-verify judges what stands behind `</think>`, as the recipes' reward does.
+        evaluation_files (`list[str]`, *optional*):
+            Benchmarks, to drop rows with their questions: files with `prompt` (chat messages or text), `problem` or
+            `question`.
+        ngram_size (`int`, *optional*, defaults to `13`):
+            A row is dropped if its problem shares this many consecutive words with a benchmark's question. A question
+            of fewer words is compared as a whole.
+        overwrite_output_dir (`bool`, *optional*, defaults to `False`):
+            Whether to replace what an earlier run has written to `output_dir`.
+    """
+
+    dataset_name: str = field(metadata={"help": "Dataset on the Hub, local folder or file."})
+    output_dir: str = field(metadata={"help": "Folder to write."})
+    dataset_split: str = field(default="train", metadata={"help": "Split to read."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    system_prompt: str | None = field(
+        default=None,
+        metadata={"help": "System message of every prompt. By default rows keep theirs, or get the paper's."},
+    )
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "The policy that will be trained: measures lengths. Without it no row is too long."},
+    )
+    max_prompt_length: int = field(default=1024, metadata={"help": "Most tokens of a rendered prompt."})
+    max_completion_length: int = field(default=8192, metadata={"help": "Most tokens of a trace."})
+    verify: Literal["math_verify", "flags", "none"] = field(
+        default="math_verify",
+        metadata={"help": "How a trace's answer is judged: math_verify, flags (the dataset's own) or none."},
+    )
+    require_think: bool = field(
+        default=True, metadata={"help": "Judge what stands behind </think>, as the recipes' reward does."}
+    )
+    evaluation_files: list[str] | None = field(
+        default=None, metadata={"help": "Benchmarks: rows with their questions are dropped."}
+    )
+    ngram_size: int = field(
+        default=13, metadata={"help": "Consecutive words shared with a benchmark's question that drop a row."}
+    )
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace what is in output_dir."})
+
+    def __post_init__(self):
+        if Path(self.output_dir).exists() and not self.overwrite_output_dir:
+            raise ValueError(
+                f"`output_dir` {self.output_dir!r} is there already. Name another, or set `overwrite_output_dir`."
+            )
+        if Path(self.output_dir).exists() and not (Path(self.output_dir) / "report.json").is_file():
+            raise ValueError(f"`output_dir` {self.output_dir!r} holds what this command did not write. Name another.")
+        for name in ("max_prompt_length", "max_completion_length", "ngram_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+
+
+# ------------------------------------------------------------------------------------------------ rows, as they come
+
+
+def stream(name: str, split: str = "train", config: str | None = None) -> Iterator[dict[str, Any]]:
+    """
+    Reads the rows of a dataset, as [`~luffy_trl.data.load_data`] does, in memory that does not grow with it.
+
+    `datasets` reads parquet ahead of a slow consumer, without bound. Here it is read batch by batch.
+
+    Args:
+        name (`str`):
+            A dataset on the Hub, a local folder, or a file.
+        split (`str`, *optional*, defaults to `"train"`):
+            Split to load.
+        config (`str`, *optional*):
+            Name of the dataset's configuration, where it has several.
+
+    Yields:
+        `dict[str, Any]`: A row.
+
+    Raises:
+        ValueError: If there is no such file or split.
+    """
+    path = Path(name)
+    if path.suffix == ".parquet" and path.is_file():
+        files = [name]
+    elif path.is_file() or (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        files = None
+    else:
+        builder = load_dataset_builder(name, config)
+        files = builder.config.data_files if isinstance(builder.config, ParquetConfig) else None
+        if files is not None and split not in files:
+            raise ValueError(f"{name!r} has the splits {', '.join(files)}, not {split!r}. Set `dataset_split`.")
+        files = files and files[split]
+    if files is None:
+        yield from load_data(name, split, config, streaming=True)
+        return
+    for file in files:
+        with fsspec.open(file) as opened:
+            for batch in pq.ParquetFile(opened).iter_batches(batch_size=_ROWS_PER_BATCH):
+                yield from batch.to_pylist()
+
+
+def to_row(raw: dict[str, Any], number: int, system_prompt: str | None = None) -> dict[str, Any]:
+    """
+    Brings a row of a known dataset into our columns.
+
+    Args:
+        raw (`dict[str, Any]`):
+            A row of the authors' dataset (`prompt`, `target`, `reward_model`), of OpenR1-Math (`problem`, `answer`,
+            `generations`), or with our columns (`prompt` or `problem`, `answer` or `solution`, `demonstrations`).
+        number (`int`):
+            Number of the row, for error messages.
+        system_prompt (`str`, *optional*):
+            System message of the prompt; an empty one takes it out.
+
+    Returns:
+        `dict[str, Any]`: `prompt` (chat messages, or a string where the row has one), `demonstrations` (a list of
+        strings), `answer` (a string or `None`), and `complete` and `correct` (lists: what the dataset says of each
+        trace, or `None`).
+
+    Raises:
+        ValueError: If the row has none of these forms.
+    """
+    complete = correct = None
+    if "target" in raw:
+        prompt = raw["prompt"]
+        traces = [message["content"] for message in raw["target"] or []]
+        answer = (raw.get("reward_model") or {}).get("ground_truth")
+    elif "generations" in raw:
+        prompt = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": raw["problem"]}]
+        traces = raw["generations"] or []
+        answer = raw.get("answer")
+        complete, correct = raw.get("is_reasoning_complete"), raw.get("correctness_math_verify")
+    elif "prompt" in raw or "problem" in raw:
+        prompt = raw["prompt"] if "prompt" in raw else [{"role": "user", "content": raw["problem"]}]
+        traces = raw.get("demonstrations") or ([raw["completion"]] if raw.get("completion") else [])
+        traces = [trace if isinstance(trace, str) else trace[-1]["content"] for trace in traces]
+        answer = raw.get("answer", raw.get("solution"))
+        if answer is None and raw.get("reward_model"):
+            answer = raw["reward_model"].get("ground_truth")
+    else:
+        raise ValueError(
+            f"row {number}: the columns {', '.join(raw)} are of no dataset that is known here. Give it `prompt` (or "
+            "`problem`), `answer` and `demonstrations`."
+        )
+    if not isinstance(prompt, str):
+        prompt = [{"role": message["role"], "content": message["content"]} for message in prompt or []]
+    if not prompt or not question_of(prompt):
+        raise ValueError(f"row {number}: `prompt` must hold a question, got {prompt!r}. Mend the row, or drop it.")
+    if system_prompt is not None:
+        if isinstance(prompt, str):
+            raise ValueError(f"row {number}: `system_prompt` needs chat messages, and `prompt` is a string.")
+        prompt = [message for message in prompt if message["role"] != "system"]
+        if system_prompt:
+            prompt = [{"role": "system", "content": system_prompt}, *prompt]
+    for name, flags in (("is_reasoning_complete", complete), ("correctness_math_verify", correct)):
+        if flags is not None and len(flags) != len(traces):
+            raise ValueError(
+                f"row {number}: `{name}` has {len(flags)} values for {len(traces)} traces. Mend the row, or drop it."
+            )
+    return {
+        "prompt": prompt,
+        "demonstrations": traces,
+        "answer": None if answer is None else str(answer),
+        "complete": complete or [None] * len(traces),
+        "correct": correct or [None] * len(traces),
+    }
+
+
+def question_of(prompt: str | list[dict[str, str]]) -> str:
+    """
+    What a prompt asks: the text of its last message by the user.
+
+    Args:
+        prompt (`str` or `list[dict[str, str]]`):
+            A prompt, plain or conversational.
+
+    Returns:
+        `str`: The question, empty if there is none.
+    """
+    if isinstance(prompt, str):
+        return prompt.strip()
+    return next((message["content"] or "" for message in reversed(prompt) if message["role"] == "user"), "").strip()
+
+
+# --------------------------------------------------------------------------------------------------- contamination
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())
+
+
+def _key(text: str) -> str:
+    """A problem without its white space and case; not without its symbols, which may be all that two differ in."""
+    return "".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+class Contamination:
+    """
+    Finds benchmark questions in training problems, by word n-grams.
+
+    Args:
+        questions (`Iterable[str]`):
+            The benchmark questions.
+        ngram_size (`int`, *optional*, defaults to `13`):
+            Words of an n-gram. Words are runs of letters and digits, whatever stands between them. A question that has
+            fewer is compared as a whole, white space and case aside.
+    """
+
+    def __init__(self, questions: Iterable[str], ngram_size: int = 13):
+        self.ngram_size = ngram_size
+        self.num_questions = 0
+        self._ngrams: dict[tuple[str, ...], str] = {}
+        self._short: dict[str, str] = {}
+        for question in questions:
+            self.num_questions += 1
+            words = _words(question)
+            self._short.setdefault(_key(question), question)
+            for start in range(len(words) - ngram_size + 1):
+                self._ngrams.setdefault(tuple(words[start : start + ngram_size]), question)
+
+    def find(self, problem: str) -> str | None:
+        """
+        Looks for a benchmark question in a problem.
+
+        Args:
+            problem (`str`):
+                A training problem.
+
+        Returns:
+            `str` or `None`: The first benchmark question that shares an n-gram with it, or that is it.
+        """
+        found = self._short.get(_key(problem))
+        words = _words(problem)
+        for start in range(len(words) - self.ngram_size + 1):
+            if found:
+                break
+            found = self._ngrams.get(tuple(words[start : start + self.ngram_size]))
+        return found
+
+
+def load_questions(files: Iterable[str]) -> Iterator[str]:
+    """
+    Reads the questions of benchmarks.
+
+    Args:
+        files (`Iterable[str]`):
+            Files or datasets with `prompt` (chat messages or text), `problem` or `question`.
+
+    Yields:
+        `str`: A question.
+
+    Raises:
+        ValueError: If there is no such file, or a row has no question.
+    """
+    for name in files:
+        for number, row in enumerate(stream(name)):
+            question = question_of(row.get("prompt") or row.get("problem") or row.get("question") or "")
+            if not question:
+                raise ValueError(
+                    f"`evaluation_files`: row {number} of {name!r} has no question in `prompt`, `problem` or "
+                    "`question`. Mend the file, or leave it out."
+                )
+            yield question
+
+
+# ------------------------------------------------------------------------------------------------ traces, one by one
+
+
+class Checker:
+    """
+    Says which rows and which of their traces can be trained on.
+
+    Args:
+        args ([`OpenR1Arguments`]):
+            What to check. The tokenizer of `model_name_or_path` and the `evaluation_files` are loaded.
+
+    Raises:
+        ValueError: If a file of `evaluation_files` cannot be read.
+    """
+
+    def __init__(self, args: OpenR1Arguments):
+        self.args = args
+        self.contamination = Contamination(load_questions(args.evaluation_files or []), args.ngram_size)
+        self.tokenizer = self._tokenize = None
+        if args.model_name_or_path is not None:
+            self.tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
+            eos_token_ids = find_eos_token_ids(self.tokenizer, load_generation_config(args.model_name_or_path))
+            # As the trainer does it, so that a trace that is kept here is not dropped there
+            self._tokenize = DemonstrationTokenizer(
+                self.tokenizer, "demonstrations", eos_token_ids, args.max_completion_length
+            )
+
+    def check_row(self, row: dict[str, Any]) -> str | None:
+        """
+        Checks a row, without its traces.
+
+        Args:
+            row (`dict[str, Any]`):
+                A row of [`to_row`].
+
+        Returns:
+            `str` or `None`: Why to drop the row, or `None` to keep it.
+        """
+        if self.contamination.find(question_of(row["prompt"])):
+            return "found in a benchmark"
+        if self.args.verify == "math_verify" and row["answer"] is None:
+            return "no gold answer"
+        if self.tokenizer is not None:
+            if isinstance(row["prompt"], str):
+                ids = self.tokenizer(row["prompt"])["input_ids"]
+            else:
+                ids = self.tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+            if len(ids) > self.args.max_prompt_length:
+                return "prompt too long"
+
+    def check_traces(self, rows: list[dict[str, Any]]) -> list[list[str | None]]:
+        """
+        Checks the traces of some rows.
+
+        Args:
+            rows (`list[dict[str, Any]]`):
+                Rows of [`to_row`].
+
+        Returns:
+            `list[list[str | None]]`: For each trace of each row why to drop it, or `None` to keep it.
+        """
+        reasons = [[self._first_look(row, number) for number in range(len(row["demonstrations"]))] for row in rows]
+        for check in (self._check_lengths, self._check_answers):
+            left = [
+                (i, number) for i, row in enumerate(reasons) for number, reason in enumerate(row) if reason is None
+            ]
+            found = check([rows[i] for i, _ in left], [rows[i]["demonstrations"][number] for i, number in left])
+            for (i, number), reason in zip(left, found, strict=True):
+                reasons[i][number] = reason
+        return reasons
+
+    def _first_look(self, row, number):
+        trace = row["demonstrations"][number]
+        if not trace or not trace.strip():
+            return "empty"
+        if trace in row["demonstrations"][:number]:
+            return "repeats another trace"
+        if row["complete"][number] is False:
+            return "unfinished"
+        if self.args.verify == "flags" and not row["correct"][number]:
+            return "wrong answer, says the dataset"
+        if self.args.verify == "math_verify" and self.args.require_think and "</think>" not in trace:
+            return "no </think>"
+
+    def _check_lengths(self, rows, traces):
+        if self._tokenize is None:
+            return [None] * len(traces)
+        reasons = []
+        for start in range(0, len(traces), _TRACES_PER_CALL):
+            part = slice(start, start + _TRACES_PER_CALL)
+            reasons += self._measure(rows[part], traces[part])
+        return reasons
+
+    def _measure(self, rows, traces):
+        columns = {"prompt": [row["prompt"] for row in rows], "demonstrations": [[trace] for trace in traces]}
+        try:
+            dropped = self._tokenize(columns, list(range(len(traces))))["demonstrations_dropped"]
+        except ValueError:  # of one of them
+            if len(traces) == 1:
+                return ["cannot be tokenized"]
+            return [self._measure([row], [trace])[0] for row, trace in zip(rows, traces, strict=True)]
+        return ["too long" if number else None for number in dropped]
+
+    def _check_answers(self, rows, traces):
+        if self.args.verify != "math_verify":
+            return [None] * len(traces)
+        answers = [row["answer"] for row in rows]
+        rewards = math_verify_reward(traces, answer=answers, require_think=self.args.require_think)
+        return [{None: "gold answer cannot be read", 1.0: None}.get(reward, "wrong answer") for reward in rewards]
+
+
+# ------------------------------------------------------------------------------------------------------------ output
+
+
+@dataclass
+class Report:
+    """
+    What was read, kept and dropped. A row that is dropped takes its traces along, for the same reason.
+
+    Args:
+        rows (`Counter`):
+            Number of rows by reason, `None` for those that are kept.
+        traces (`Counter`):
+            Number of traces by reason, likewise.
+        contaminated (`list[dict[str, str]]`):
+            The first hundred problems that were found in a benchmark, with the question that they match.
+        requests (`dict[str, int]`, *optional*):
+            Number of requests to a teacher by what became of them.
+    """
+
+    rows: Counter = field(default_factory=Counter)
+    traces: Counter = field(default_factory=Counter)
+    contaminated: list[dict[str, str]] = field(default_factory=list)
+    requests: dict[str, int] | None = None
+
+    def drop(self, row: dict[str, Any], reason: str):
+        """Counts a row that is dropped whole."""
+        self.rows[reason] += 1
+        if row["demonstrations"]:
+            self.traces[reason] += len(row["demonstrations"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """
+        The report as it is written.
+
+        Returns:
+            `dict[str, Any]`: `rows` and `traces`, each with `read`, `kept` and `dropped` (by reason), and
+            `contaminated` and, if there were any, `requests`.
+        """
+        counts = {}
+        for name, counter in (("rows", self.rows), ("traces", self.traces)):
+            dropped = {reason: number for reason, number in counter.most_common() if reason is not None}
+            counts[name] = {"read": counter.total(), "kept": counter[None], "dropped": dropped}
+        requests = {"requests": self.requests} if self.requests is not None else {}
+        return {**counts, "contaminated": self.contaminated, **requests}
+
+    def to_markdown(self) -> str:
+        """
+        The report as a table.
+
+        Returns:
+            `str`: Markdown.
+        """
+        report = self.to_dict()
+        reasons = dict.fromkeys([*report["rows"]["dropped"], *report["traces"]["dropped"]])
+        lines = ["| | rows | traces |", "| --- | --- | --- |"]
+        lines.append(f"| read | {report['rows']['read']} | {report['traces']['read']} |")
+        for reason in reasons:
+            rows, traces = (report[name]["dropped"].get(reason, 0) for name in ("rows", "traces"))
+            lines.append(f"| dropped: {reason} | {rows} | {traces} |")
+        lines.append(f"| **kept** | **{report['rows']['kept']}** | **{report['traces']['kept']}** |")
+        if self.requests is not None:
+            lines += ["", "Requests: " + ", ".join(f"{number} {name}" for name, number in self.requests.items()) + "."]
+        return "\n".join(lines)
+
+
+class ParquetFolder:
+    """
+    Writes rows to the parquet files of a folder that appears, whole, when everything is written.
+
+    A context manager. Whatever ends it before, a kill as well, leaves no folder of that name.
+
+    Args:
+        output_dir (`str`):
+            The folder. What it held is replaced.
+    """
+
+    def __init__(self, output_dir: str):
+        self.output = Path(output_dir)
+        self.partial = self.output.with_name(f".{self.output.name}.partial")
+        self._buffer: list[dict[str, Any]] = []
+        self._writer: pq.ParquetWriter | None = None
+        self._schema: pa.Schema | None = None
+        self._bytes = 0
+        self._shards = 0
+
+    def __enter__(self) -> "ParquetFolder":
+        shutil.rmtree(self.partial, ignore_errors=True)  # of a run that was killed
+        self.partial.mkdir(parents=True)
+        return self
+
+    def write(self, row: dict[str, Any]):
+        """Writes a row of `prompt`, `demonstrations` and `answer`."""
+        if self._schema is None:
+            prompt = Value("string") if isinstance(row["prompt"], str) else _CHAT
+            features = {"prompt": prompt, "demonstrations": List(Value("string")), "answer": Value("string")}
+            self._schema = Features(features).arrow_schema
+        self._buffer.append({name: row[name] for name in self._schema.names})
+        self._bytes += sum(len(trace) for trace in row["demonstrations"])
+        if len(self._buffer) == _ROWS_PER_BATCH:
+            self._flush()
+
+    def _flush(self):
+        if not self._buffer:
+            return
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(self.partial / f"{self._shards}.parquet", self._schema)
+            self._shards += 1
+        self._writer.write_table(pa.Table.from_pylist(self._buffer, schema=self._schema))
+        self._buffer.clear()
+        if self._bytes >= SHARD_BYTES:
+            self._close()
+
+    def _close(self):
+        if self._writer is not None:
+            self._writer.close()
+        self._writer, self._bytes = None, 0
+
+    def __exit__(self, exception_type, exception, traceback):
+        if exception_type is None:
+            self._flush()
+        self._close()
+        if exception_type is not None:
+            shutil.rmtree(self.partial)
+            return
+        for number in range(self._shards):
+            name = f"train-{number:05d}-of-{self._shards:05d}.parquet"
+            (self.partial / f"{number}.parquet").rename(self.partial / name)
+        if self.output.is_dir():
+            shutil.rmtree(self.output)
+        self.partial.rename(self.output)
+
+
+def write_training_data(
+    rows: Iterable[dict[str, Any]],
+    args: OpenR1Arguments,
+    source: str,
+    checker: Checker | None = None,
+    requests: dict[str, int] | None = None,
+) -> Report:
+    """
+    Filters rows and writes what is left, with a report, to `args.output_dir`.
+
+    Args:
+        rows (`Iterable[dict[str, Any]]`):
+            Rows of [`to_row`].
+        args ([`OpenR1Arguments`]):
+            What to check, and where to write.
+        source (`str`):
+            Where the rows are from, for the dataset card.
+        checker ([`Checker`], *optional*):
+            A checker of the same `args`, where there is one already.
+        requests (`dict[str, int]`, *optional*):
+            Number of requests to a teacher by what became of them, for the report.
+
+    Returns:
+        [`Report`]: What was dropped and why.
+
+    Raises:
+        ValueError: If no row is left.
+    """
+    checker = checker or Checker(args)
+    report, seen = Report(requests=requests), set()
+    rows, progress = iter(rows), tqdm(desc="Filtering rows", unit=" rows")
+    with progress, ParquetFolder(args.output_dir) as folder:
+        while batch := list(itertools.islice(rows, _ROWS_PER_BATCH)):
+            left = []
+            for row in batch:
+                reason = checker.check_row(row) or (None if row["demonstrations"] else "no trace")
+                if reason:
+                    report.drop(row, reason)
+                    if reason == "found in a benchmark" and len(report.contaminated) < 100:
+                        problem = question_of(row["prompt"])
+                        match = {"problem": problem, "question": checker.contamination.find(problem)}
+                        report.contaminated.append(match)
+                else:
+                    left.append(row)
+            for row, reasons in zip(left, checker.check_traces(left), strict=True):
+                kept = [trace for trace, reason in zip(row["demonstrations"], reasons, strict=True) if reason is None]
+                key = hashlib.blake2b(_key(question_of(row["prompt"])).encode(), digest_size=16).digest()
+                if kept and key in seen:
+                    report.drop(row, "repeats another problem")
+                    continue
+                report.traces.update(reasons)
+                report.rows[None if kept else "no trace left"] += 1
+                if kept:
+                    seen.add(key)
+                    folder.write({**row, "demonstrations": kept})
+            progress.update(len(batch))
+        if not report.rows[None]:
+            raise ValueError(f"No row of {source} is left:\n{report.to_markdown()}\nLoosen what drops them.")
+        _write_report(report, folder.partial, args, source, checker.contamination.num_questions)
+    print(f"{report.to_markdown()}\n\nThe data is in {args.output_dir}.")
+    return report
+
+
+def _write_report(report: Report, folder: Path, args: OpenR1Arguments, source: str, num_questions: int):
+    settings = {name: value for name, value in vars(args).items() if name != "output_dir"}
+    (folder / "report.json").write_text(
+        json.dumps({**report.to_dict(), "settings": settings}, indent=2, ensure_ascii=False) + "\n"
+    )
+    lengths = "Lengths were not checked."
+    if args.model_name_or_path is not None:
+        lengths = (
+            f"Prompts of at most {args.max_prompt_length} tokens and traces of at most {args.max_completion_length}, "
+            f"as the tokenizer of `{args.model_name_or_path}` counts them."
+        )
+    # Not a README.md with `configs`: `load_dataset` would then cache the folder by its name, whatever it holds
+    (folder / "report.md").write_text(
+        f"Problems with reasoning traces, from {source}, for `luffy-trl`: `prompt`, `demonstrations`, `answer`.\n\n"
+        f"{report.to_markdown()}\n\n{lengths} Answers judged by: {args.verify}. Compared with {num_questions} "
+        f"benchmark questions by {args.ngram_size}-grams of words. `report.json` has every setting.\n"
+    )
+
+
+def main(args: OpenR1Arguments):
+    def rows():
+        for number, raw in enumerate(stream(args.dataset_name, args.dataset_split, args.dataset_config)):
+            if args.verify == "flags" and "correctness_math_verify" not in raw:
+                raise ValueError("`verify='flags'` needs the column `correctness_math_verify`; the dataset has none.")
+            yield to_row(raw, number, args.system_prompt)
+
+    write_training_data(rows(), args, f"`{args.dataset_name}`")
+
+
+if __name__ == "__main__":
+    main(*HfArgumentParser(OpenR1Arguments).parse_args_into_dataclasses())

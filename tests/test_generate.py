@@ -1,0 +1,316 @@
+# Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
+
+"""Against a real HTTP server in a thread, and a real process that is killed."""
+
+import json
+import re
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from datasets import Dataset, load_dataset
+
+from luffy_trl.data.generate import GenerateArguments, Journal, main
+
+
+class Endpoint(ThreadingHTTPServer):
+    """
+    Speaks `/v1/chat/completions`: solves `a + b`.
+
+    `script` is called with the number of a request, from 0, and its payload; it returns `None` for a right answer, a
+    dict that updates the message, or `(status, headers)`; `"drop"` closes the connection.
+    """
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, script=lambda number, payload: None, delay=0.0):
+        self.script, self.delay = script, delay
+        self.payloads, self.times, self.headers, self.under_way, self.most_under_way = [], [], [], 0, 0
+        self.lock = threading.Lock()
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+
+    def __enter__(self):
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(self, *args):
+        self.shutdown()
+        self.server_close()
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        payload = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server = self.server
+        with server.lock:
+            number = len(server.payloads)
+            server.payloads.append(payload)
+            server.times.append(time.monotonic())
+            server.headers.append(dict(self.headers))
+            server.under_way += 1
+            server.most_under_way = max(server.most_under_way, server.under_way)
+        time.sleep(server.delay)
+        with server.lock:
+            server.under_way -= 1
+        action = server.script(number, payload) if self.path == "/v1/chat/completions" else (404, {})
+        if action == "drop":
+            self.close_connection = True
+            return
+        if isinstance(action, tuple):
+            return self.reply(action[0], b'{"error": "no"}', action[1])
+        a, b = map(int, re.search(r"(\d+) \+ (\d+)", payload["messages"][-1]["content"]).groups())
+        message = {"role": "assistant", "content": f"\n\n\\boxed{{{a + b}}}", "reasoning_content": f"\n{a}, {b}.\n"}
+        message |= action or {}
+        finish_reason = message.pop("finish_reason", "stop")
+        body = {"choices": [{"index": 0, "message": message, "finish_reason": finish_reason}], "usage": {}}
+        self.reply(200, json.dumps(body).encode())
+
+    def reply(self, status, body, headers=None):
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+def write_problems(tmp_path, num_rows):
+    rows = [{"problem": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(num_rows)]
+    Dataset.from_list(rows).to_json(tmp_path / "problems.jsonl")
+
+
+def run(tmp_path, endpoint, num_rows=3, **kwargs):
+    write_problems(tmp_path, num_rows)
+    kwargs = {"dataset_name": str(tmp_path / "problems.jsonl"), "output_dir": str(tmp_path / "data"), **kwargs}
+    main(GenerateArguments(base_url=endpoint.url, model="teacher", **kwargs))
+    data = load_dataset(kwargs["output_dir"], split="train")[:]
+    return data, json.loads((tmp_path / "data" / "report.json").read_text())
+
+
+def test_rows_and_requests(tmp_path):
+    with Endpoint() as endpoint:
+        data, report = run(tmp_path, endpoint, temperature=0.5, top_p=0.9, max_tokens=77)
+    assert data["prompt"] == [[{"role": "user", "content": f"What is {i} + 1?"}] for i in range(3)]
+    assert data["demonstrations"] == [[f"<think>\n{i}, 1.\n</think>\n\n\\boxed{{{i + 1}}}"] for i in range(3)]
+    assert data["answer"] == ["1", "2", "3"]
+    assert report["requests"] == {"in the journal": 0, "sent": 3, "answered": 3}
+    asked = sorted(endpoint.payloads, key=lambda payload: payload["messages"][0]["content"])
+    instruction = r"Please reason step by step, and put your final answer within \boxed{}."
+    assert asked[0] == {
+        "model": "teacher",
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "max_tokens": 77,
+        "messages": [{"role": "user", "content": f"What is 0 + 1?\n\n{instruction}"}],
+    }
+    assert "Authorization" not in endpoint.headers[0]
+
+
+@pytest.mark.parametrize(
+    ("message", "trace"),
+    [
+        ({"reasoning_content": None, "reasoning": "Hm."}, "<think>\nHm.\n</think>\n\n\\boxed{1}"),
+        ({"reasoning_content": None, "content": "Hm.</think>\\boxed{1}"}, "<think>\nHm.</think>\\boxed{1}"),
+        ({"reasoning_content": "", "content": "<think>\nHm.</think>\\boxed{1}"}, "<think>\nHm.</think>\\boxed{1}"),
+    ],
+)
+def test_ways_to_return_the_reasoning(tmp_path, message, trace):
+    with Endpoint(lambda number, payload: message) as endpoint:
+        assert run(tmp_path, endpoint, num_rows=1)[0]["demonstrations"] == [[trace]]
+
+
+def test_what_is_kept(tmp_path):
+    answers = [{}, {"content": r"\boxed{7}"}, {"reasoning_content": "Other."}, {"finish_reason": "length"}]
+    with Endpoint(lambda number, payload: answers[number]) as endpoint:
+        kwargs = {"num_rows": 1, "num_traces": 4, "concurrency": 1}
+        data, report = run(tmp_path, endpoint, **kwargs)
+        right = ["<think>\n0, 1.\n</think>\n\n\\boxed{1}", "<think>\nOther.\n</think>\n\n\\boxed{1}"]
+        assert data["demonstrations"] == [right]
+        assert report["traces"] == {
+            "read": 4,
+            "kept": 2,
+            "dropped": {"wrong answer": 1, "repeats another trace": 1},
+        }
+        # all that are finished, from the same journal
+        data, report = run(tmp_path, endpoint, verify="none", overwrite_output_dir=True, **kwargs)
+        assert [len(traces) for traces in data["demonstrations"]] == [3]
+        assert report["requests"] == {"in the journal": 4}
+    assert len(endpoint.payloads) == 4
+
+
+def test_what_is_not_asked(tmp_path):
+    rows = [
+        {"prompt": [{"role": "system", "content": "Be it."}, {"role": "user", "content": "1 + 1"}], "answer": "2"},
+        {"prompt": [{"role": "user", "content": "2 + 1"}], "answer": None},
+        {"prompt": [{"role": "user", "content": "3 + 1"}], "answer": "4"},
+    ]
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    Dataset.from_list([{"question": "3 + 1"}]).to_json(tmp_path / "benchmark.jsonl")
+    kwargs = {"dataset_name": str(tmp_path / "rows.parquet"), "evaluation_files": [str(tmp_path / "benchmark.jsonl")]}
+    with Endpoint() as endpoint:
+        data, report = run(tmp_path, endpoint, instruction="", **kwargs)
+        assert [payload["messages"] for payload in endpoint.payloads] == [[{"role": "user", "content": "1 + 1"}]]
+        run(tmp_path, endpoint, send_system_prompt=True, overwrite_output_dir=True, **kwargs)
+        assert endpoint.payloads[1]["messages"][0] == rows[0]["prompt"][0]
+    assert data["prompt"] == [rows[0]["prompt"]]
+    assert report["rows"]["dropped"] == {"no gold answer": 1, "found in a benchmark": 1}
+
+
+def test_the_key_comes_from_the_environment(tmp_path, monkeypatch):
+    with Endpoint() as endpoint:
+        with pytest.raises(ValueError, match="the environment variable TEACHER_KEY, which is not set"):
+            run(tmp_path, endpoint, api_key_env="TEACHER_KEY")
+        monkeypatch.setenv("TEACHER_KEY", "secret")
+        run(tmp_path, endpoint, api_key_env="TEACHER_KEY")
+    assert endpoint.headers[0]["Authorization"] == "Bearer secret"
+    assert not any("secret" in path.read_text() for path in tmp_path.rglob("*.json*"))
+
+
+def test_failures_for_the_time_being(tmp_path):
+    failures = {0: (500, {}), 1: "drop", 2: (429, {})}
+    with Endpoint(lambda number, payload: failures.get(number)) as endpoint:
+        data, report = run(tmp_path, endpoint, num_rows=2, concurrency=1)
+    assert data["answer"] == ["1", "2"]
+    assert report["requests"] == {
+        "in the journal": 0,
+        "sent": 5,
+        "answered": 2,
+        "repeated after 500": 1,
+        "repeated after RemoteProtocolError": 1,
+        "repeated after 429": 1,
+    }
+    waits = [b - a for a, b in zip(endpoint.times, endpoint.times[1:], strict=False)]
+    for attempt in range(3):
+        assert 0.5 * 2**attempt <= waits[attempt] < 2**attempt + 0.5
+    assert waits[3] < 0.5  # the next request starts at once
+
+
+def test_no_answer_in_time(tmp_path):
+    with Endpoint(lambda number, payload: time.sleep(4) if number == 0 else None) as endpoint:
+        _, report = run(tmp_path, endpoint, num_rows=1, timeout=2)
+    assert report["requests"]["repeated after ReadTimeout"] >= 1
+    assert report["requests"]["answered"] == 1
+
+
+def test_retry_after_holds_for_all(tmp_path):
+    with Endpoint(lambda number, payload: (429, {"Retry-After": "2"}) if number == 0 else None) as endpoint:
+        run(tmp_path, endpoint, num_rows=6, concurrency=2)
+    # the two that were started together, and then none for two seconds but what the other one's answer had let in
+    late = [t - endpoint.times[0] for t in endpoint.times if t - endpoint.times[0] > 1]
+    assert min(late) >= 2
+    assert len(late) >= 3
+    assert len(endpoint.times) == 7
+
+
+def test_limits_on_the_pace(tmp_path):
+    with Endpoint(delay=0.05) as endpoint:
+        run(tmp_path, endpoint, num_rows=12, concurrency=3)
+        assert endpoint.most_under_way == 3
+    with Endpoint() as endpoint:
+        kwargs = {"output_dir": str(tmp_path / "data"), "overwrite_output_dir": True, "temperature": 0.1}
+        run(tmp_path, endpoint, num_rows=6, requests_per_minute=600, **kwargs)
+    assert len(endpoint.times) == 6
+    assert min(b - a for a, b in zip(endpoint.times, endpoint.times[1:], strict=False)) >= 0.08
+    assert endpoint.times[-1] - endpoint.times[0] >= 0.5
+
+
+def test_requests_that_are_given_up_are_asked_again(tmp_path, capsys):
+    with Endpoint(lambda number, payload: (500, {}) if "0 + 1" in payload["messages"][0]["content"] else None) as bad:
+        data, report = run(tmp_path, bad, max_retries=0)
+    assert data["answer"] == ["2", "3"]
+    assert report["requests"]["given up after 500"] == 1
+    assert report["rows"]["dropped"] == {"no trace": 1}
+    assert "1 requests got no answer" in capsys.readouterr().out
+    with Endpoint() as good:
+        data, report = run(tmp_path, good, overwrite_output_dir=True)
+    assert data["answer"] == ["1", "2", "3"]
+    assert report["requests"] == {"in the journal": 2, "sent": 1, "answered": 1}
+
+
+@pytest.mark.parametrize("status", [400, 401, 404])
+def test_an_endpoint_that_refuses(tmp_path, status):
+    with Endpoint(lambda number, payload: (status, {})) as endpoint:
+        with pytest.raises(SystemExit, match=f'refuses a request: {status} .*: {{"error": "no"}}'):
+            run(tmp_path, endpoint, concurrency=1)
+    assert len(endpoint.payloads) == 1
+    assert not (tmp_path / "data").exists()
+
+
+def test_one_request_that_is_refused(tmp_path):
+    with Endpoint(lambda number, payload: (400, {}) if number == 1 else None) as endpoint:
+        data, report = run(tmp_path, endpoint, concurrency=1)
+    assert len(data["answer"]) == 2
+    assert report["requests"]["refused with 400"] == 1
+
+
+def test_killed_and_started_again(tmp_path):
+    write_problems(tmp_path, 30)
+    command = [sys.executable, "-m", "luffy_trl.data.generate", "--dataset_name", str(tmp_path / "problems.jsonl")]
+    command += ["--output_dir", str(tmp_path / "data"), "--model", "teacher", "--concurrency", "2"]
+    journal = tmp_path / "data.journal.jsonl"
+    with Endpoint(delay=0.1) as endpoint:
+        process = subprocess.Popen(
+            [*command, "--base_url", endpoint.url], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while not journal.exists() or journal.read_bytes().count(b"\n") < 8:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        time.sleep(0.3)
+    num_answered = journal.read_bytes().count(b"\n")
+    assert 8 <= num_answered < 30
+    assert not (tmp_path / "data").exists()
+    with open(journal, "ab") as file:  # as if the last line had been cut
+        file.write(journal.read_bytes().splitlines()[-1][:40])
+
+    with Endpoint() as endpoint:
+        data, report = run(tmp_path, endpoint, num_rows=30)
+    assert len(endpoint.payloads) == 30 - num_answered
+    assert len({payload["messages"][0]["content"] for payload in endpoint.payloads}) == 30 - num_answered
+    assert report["requests"] == {
+        "in the journal": num_answered,
+        "sent": 30 - num_answered,
+        "answered": 30 - num_answered,
+    }
+    assert data["answer"] == [str(i + 1) for i in range(30)]
+    assert data["demonstrations"][29] == ["<think>\n29, 1.\n</think>\n\n\\boxed{30}"]
+    assert len(journal.read_text().splitlines()) == 30
+
+
+def test_other_settings_are_other_requests(tmp_path):
+    with Endpoint() as endpoint:
+        run(tmp_path, endpoint)
+        run(tmp_path, endpoint, temperature=1.0, overwrite_output_dir=True)
+        run(tmp_path, endpoint, num_traces=2, overwrite_output_dir=True)
+    assert len(endpoint.payloads) == 3 + 3 + 3
+
+
+def test_a_journal_that_cannot_be_read(tmp_path):
+    (tmp_path / "journal.jsonl").write_text('{"key": "a"}\nnonsense\n{"key": "b"}\n')
+    with pytest.raises(ValueError, match="Line 2 of the journal .* cannot be read"):
+        Journal(str(tmp_path / "journal.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"verify": "flags"}, "`verify='flags'` is for traces that a dataset brings"),
+        ({"base_url": "localhost:8000"}, "`base_url` must begin with http:// or https://"),
+        ({"num_traces": 0}, "`num_traces` must be at least 1, got 0"),
+        ({"requests_per_minute": 0}, "`requests_per_minute` must be above 0, got 0"),
+    ],
+)
+def test_arguments(tmp_path, kwargs, message):
+    kwargs = {"base_url": "http://localhost/v1", "output_dir": str(tmp_path / "data"), **kwargs}
+    with pytest.raises(ValueError, match=message):
+        GenerateArguments(dataset_name="x", model="teacher", **kwargs)
