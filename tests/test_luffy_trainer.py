@@ -916,6 +916,23 @@ def test_lora(model_path, tmp_path):
     assert trainer.state.log_history[0]["demonstrations/length"] == 3
 
 
+def test_a_lost_server_is_named(model_path, tmp_path):
+    """vLLM is not installed here: what its client raises is made up, and `test_vllm.py` kills a real server."""
+    dataset = Dataset.from_list(tiny.addition_rows(2))
+    trainer = LuffyTrainer(model_path, tiny.share_of_digits, tiny.make_args(tmp_path), dataset)
+    error = ConnectionError("Connection refused")
+
+    def refuse(*args):
+        raise error
+
+    trainer._continue = refuse
+    with pytest.raises(ConnectionError):  # not what a server has to do with
+        trainer.train()
+    trainer.use_vllm, trainer.vllm_mode = True, "server"
+    with pytest.raises(RuntimeError, match=r"lost while completions for update 1 .*\(Connection refused\). Start it"):
+        trainer.train()
+
+
 def test_streaming_dataset(model_path, tmp_path):
     rows = tiny.addition_rows(4, lambda i: ["A7"])
     dataset = IterableDataset.from_generator(lambda: iter(rows))
@@ -923,6 +940,28 @@ def test_streaming_dataset(model_path, tmp_path):
     generated = tiny.count_generated_rows(trainer.model)
     trainer.train()
     assert generated == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [
+        ({"dataloader_num_workers": 2}, 0),
+        ({"gradient_checkpointing": False}, 0),
+        # autocast rounds to 8 bits; weights stay in fp32
+        ({"bf16": True}, 0.02),
+    ],
+    ids=lambda options: next(iter(options)) if isinstance(options, dict) else "",
+)
+def test_options_of_the_machine_change_nothing(model_path, tmp_path, options, tolerance):
+    def final_weights(**options):
+        args = tiny.make_args(tmp_path, max_steps=2, gradient_accumulation_steps=2, learning_rate=1e-3, **options)
+        dataset = Dataset.from_list(tiny.addition_rows(8))
+        return train(LuffyTrainer(model_path, tiny.share_of_digits, args, dataset)).model.state_dict()
+
+    expected, weights = final_weights(), final_weights(**options)
+    for name, value in expected.items():
+        assert weights[name].dtype == torch.float32
+        torch.testing.assert_close(weights[name], value, atol=tolerance, rtol=0)
 
 
 def test_an_instantiated_model_and_default_arguments(tmp_path, monkeypatch):

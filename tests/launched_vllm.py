@@ -1,0 +1,97 @@
+# Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
+
+"""What `test_vllm.py` runs in several processes: `accelerate launch tests/launched_vllm.py OUTPUT_DIR`."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import tiny
+import torch
+import trl.generation.vllm_generation
+from datasets import Dataset
+from safetensors.torch import save_file
+from transformers import TrainerCallback
+from trl.generation.vllm_client import VLLMClient
+
+from luffy_trl import LuffyTrainer
+
+
+FOLDER = Path(sys.argv[1])
+generated_tokens = 0  # of the completions that this process got from the server
+
+
+class FileClient(VLLMClient):
+    """
+    TRL's client of a real vLLM server, but that weights go through a file: vLLM transfers them by NCCL alone, which a
+    machine without GPUs does not have.
+    """
+
+    def init_communicator(self, device=0):
+        pass
+
+    def update_named_params(self, metadata, named_params):
+        folder = FOLDER / "pushed"
+        folder.mkdir(exist_ok=True)
+        save_file(
+            {name: value.detach().clone().contiguous() for name, value in named_params}, folder / "model.safetensors"
+        )
+        body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        self._post(f"{self.base_url}/collective_rpc", json=body)
+
+    def generate(self, *args, **kwargs):
+        global generated_tokens
+        output = super().generate(*args, **kwargs)
+        generated_tokens += sum(len(ids) for ids in output["completion_ids"])
+        return output
+
+
+class KillServer(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2 and os.environ.get("RANK", "0") == "0":
+            os.killpg(int(os.environ["SERVER_GROUP"]), signal.SIGKILL)
+
+
+def main():
+    trl.generation.vllm_generation.VLLMClient = FileClient
+    options = json.loads(os.environ["SERVED_OPTIONS"])
+    resume = options.pop("resume", None)
+    args = tiny.make_args(
+        FOLDER / "out",
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        max_steps=4,
+        use_vllm=True,
+        vllm_mode="server",
+        vllm_server_base_url=os.environ["SERVER_URL"],
+        learning_rate=0.05,  # so that weights that were not pushed would show
+        **options,
+    )
+    trainer = LuffyTrainer(
+        str(FOLDER / "model"),
+        tiny.share_of_digits,
+        args,
+        Dataset.from_list(tiny.addition_rows(8, lambda i: [] if i % 3 == 2 else [f"A{i}BCDE", f"{i}{i}"])),
+        callbacks=[KillServer()] if "SERVER_GROUP" in os.environ else None,
+    )
+    rows, ratios, generate = [], [], trainer._generate_and_score_completions
+
+    def recording(inputs):
+        output = generate(inputs)
+        shown = output["demonstration_mask"] & output["completion_mask"].bool()
+        lengths = output["completion_mask"].sum(1)
+        rows.append([lengths.tolist(), shown.sum(1).tolist()])
+        ratio = output["importance_sampling_ratio"].expand_as(output["completion_mask"])
+        ratios.append(ratio[shown].tolist())
+        return output
+
+    trainer._generate_and_score_completions = recording
+    trainer.train(resume_from_checkpoint=resume)
+    result = {"rows": rows, "ratios": ratios, "tokens": generated_tokens, "log_history": trainer.state.log_history}
+    torch.save(result, FOLDER / f"served_{os.environ.get('RANK', 0)}.pt")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+# Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
+
+"""
+A real vLLM server on the CPU, and trainers in one and two processes: `make test-vllm`, in an environment with vLLM.
+
+What is not real is the way of the weights to the server: see `launched_vllm.py`.
+"""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+
+pytest.importorskip("vllm", reason="vLLM is in an environment of its own: make test-vllm")
+
+
+class Server:
+    """A vLLM server of the model in a folder."""
+
+    def __init__(self, model, log):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+        command += ["--port", str(self.port), "--dtype", "float32", "--max-model-len", "128", "--max-num-seqs", "16"]
+        command += ["--enforce-eager", "--weight-transfer-config", '{"backend":"nccl"}', "--logprobs-mode"]
+        command += ["processed_logprobs", "--max-logprobs", "-1", "--enable-scale-out"]
+        environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "TORCHDYNAMO_DISABLE": "1"}
+        self.log = log
+        self.process = subprocess.Popen(
+            command,
+            env={**os.environ, **environment, "HF_HUB_OFFLINE": "1"},
+            stdout=log.open("w"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def wait(self):
+        for _ in range(300):
+            try:
+                urllib.request.urlopen(f"{self.url}/health", timeout=2)
+                return self
+            except OSError:
+                assert self.process.poll() is None, self.log.read_text()[-3000:]
+                time.sleep(1)
+        raise TimeoutError(self.log.read_text()[-3000:])
+
+    def count_tokens(self):
+        """Tokens that the server has generated since its start, by its own count."""
+        text = urllib.request.urlopen(f"{self.url}/metrics", timeout=10).read().decode()
+        return sum(float(value) for value in re.findall(r"^vllm:generation_tokens_total\{.*\} (\S+)$", text, re.M))
+
+    def kill(self):
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+def save_model(folder):
+    tokenizer = tiny.make_tokenizer()
+    tiny.make_model(tokenizer, hidden_size=64, intermediate_size=64).save_pretrained(folder)  # heads of 32
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("server")
+    save_model(folder / "model")
+    server = Server(folder / "model", folder / "log.txt").wait()
+    yield server
+    server.kill()
+
+
+def launch(folder, server, num_processes, options, **env):
+    save_model(folder / "model")
+    script = Path(__file__).with_name("launched_vllm.py")
+    command = [sys.executable, "-m", "accelerate.commands.launch", *(["--multi_gpu"] * (num_processes > 1))]
+    command += ["--num_processes", str(num_processes), "--main_process_port", "0", str(script), str(folder)]
+    env = {**os.environ, "SERVER_URL": server.url, "SERVED_OPTIONS": json.dumps(options), **env}
+    return subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_demonstrations": 1},
+        {"num_demonstrations": 2, "prefix_ratio_min": 0.3, "prefix_ratio_max": 1.0},
+        {"num_demonstrations": 2, "demonstration_policy": "on_failure", "failure_threshold": 0.45},
+    ],
+    ids=["uneven", "prefixes", "on_failure"],
+)
+def test_server(tmp_path, server, num_processes, options):
+    before = server.count_tokens()
+    result = launch(tmp_path, server, num_processes, options)
+    assert result.returncode == 0, result.stdout[-4000:]
+    ranks = [torch.load(tmp_path / f"served_{rank}.pt") for rank in range(num_processes)]
+
+    # Nothing was sampled for a demonstration: the server's own count is that of the rollout tokens
+    served = server.count_tokens() - before
+    assert served == sum(rank["tokens"] for rank in ranks)
+    shown = [tokens for rank in ranks for _, counts in rank["rows"] for tokens in counts]
+    totals = [tokens for rank in ranks for lengths, _ in rank["rows"] for tokens in lengths]
+    assert 0 < sum(tokens > 0 for tokens in shown) < len(shown)
+    if options["num_demonstrations"] == 1:
+        assert served == sum(totals) - sum(shown)
+    else:  # what a prefix's row or a replaced rollout has too many is cut or left out
+        assert served >= sum(totals) - sum(shown)
+
+    # Weights were pushed before each generation, and demonstrations have an importance-sampling ratio of exactly 1
+    logs = [log for log in ranks[0]["log_history"] if "reward" in log]
+    assert len(logs) == 4
+    for log in logs:
+        assert log["sampling/sampling_logp_difference/mean"] < 1e-4
+        assert log["sampling/importance_sampling_ratio/mean"] == pytest.approx(1.0, abs=1e-3)
+    ratios = [value for rank in ranks for values in rank["ratios"] for value in values]
+    assert ratios and set(ratios) == {1.0}
+
+
+def test_a_lost_server(tmp_path, server):
+    """Killed after the second update; the run says so, and goes on from its checkpoint with another server."""
+    save_model(tmp_path / "model")
+    options = {"save_strategy": "steps", "save_steps": 1}
+    first = Server(tmp_path / "model", tmp_path / "log.txt").wait()
+    try:
+        result = launch(tmp_path, first, 2, options, SERVER_GROUP=str(first.process.pid))
+    finally:
+        first.kill()
+    assert result.returncode != 0
+    assert "The vLLM server was lost while completions for update 3 were generated" in result.stdout
+    assert "resume from the last checkpoint" in result.stdout
+
+    result = launch(tmp_path, server, 2, {**options, "resume": True})
+    assert result.returncode == 0, result.stdout[-4000:]
+    logs = torch.load(tmp_path / "served_0.pt")["log_history"]
+    assert [log["step"] for log in logs if "reward" in log] == [1, 2, 3, 4]
