@@ -83,8 +83,9 @@ def main():
         shown = output["demonstration_mask"] & output["completion_mask"].bool()
         lengths = output["completion_mask"].sum(1)
         rows.append([lengths.tolist(), shown.sum(1).tolist()])
-        ratio = output["importance_sampling_ratio"].expand_as(output["completion_mask"])
-        ratios.append(ratio[shown].tolist())
+        # A ratio of a sequence is that of its sampled tokens, and the loss leaves it out on the prefix before them
+        is_complete = shown.sum(1) == lengths
+        ratios.append(output["importance_sampling_ratio"][is_complete].flatten().tolist())
         return output
 
     trainer._generate_and_score_completions = recording

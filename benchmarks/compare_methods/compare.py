@@ -6,8 +6,8 @@ Compares the methods of `methods.py` on two tasks, at two equal budgets, and the
     python benchmarks/compare_methods/compare.py --jobs 2
 
 1. Warm models: one for each task and seed.
-2. Learning rates: each method with each rate of one grid, on a seed of its own. The best mean held-out accuracy over a
-   run's evaluations decides.
+2. Learning rates: each method with each rate of one grid, on a seed of its own. The held-out accuracy at the end
+   decides; among rates within a point of the best, the mean over the run does.
 3. The comparison: each method at its learning rate, on the other seeds.
 4. The map: the same on the task `chains` with other traces, and with models that succeed more often to begin with.
 
@@ -119,19 +119,6 @@ def do_all(function, runs: list[Run], folder: Path, jobs: int, description: str)
             future.result()
 
 
-def best_learning_rates(folder: Path) -> dict[tuple[str, str], float]:
-    """The learning rate with the best mean held-out accuracy of a tuning run, by task and method."""
-    best = {}
-    for task, method in itertools.product(methods.TASKS, methods.METHODS):
-        scores = {}
-        for learning_rate in methods.LEARNING_RATES:
-            file = Run("tune", task, "standard", method, learning_rate, TUNING_SEED).file(folder)
-            records = json.loads(file.read_text())["records"]
-            scores[learning_rate] = sum(record["held_out"] for record in records) / len(records)
-        best[task, method] = max(scores, key=scores.get)
-    return best
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument(
@@ -167,7 +154,7 @@ def main():
             "Learning rates",
         )
     if "compare" in args.stages:
-        best = best_learning_rates(folder)
+        best = report.best_learning_rates(report.read(folder)[0])
         do(
             [
                 Run("compare", task, "standard", method, best[task, method], seed)
@@ -176,7 +163,7 @@ def main():
             "Comparison",
         )
     if "map" in args.stages:
-        best = best_learning_rates(folder)
+        best = report.best_learning_rates(report.read(folder)[0])
         do(
             [
                 Run("map", "chains", condition, method, best["chains", method], seed)

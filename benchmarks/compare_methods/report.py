@@ -32,6 +32,19 @@ def read(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     return pd.DataFrame(records), pd.DataFrame(weights)
 
 
+def best_learning_rates(records: pd.DataFrame) -> dict[tuple[str, str], float]:
+    """
+    The learning rate of each task and method: that with the best held-out accuracy at the end of its tuning run. Of
+    those within a point of the best, that with the best mean over the run.
+    """
+    best = {}
+    for (task, method), runs in records[records["stage"] == "tune"].groupby(["task", "method"]):
+        last = runs[runs["step"] == runs["step"].max()].set_index("learning_rate")["held_out"]
+        mean = runs.groupby("learning_rate")["held_out"].mean()
+        best[task, method] = mean[last[last >= last.max() - 0.01].index].idxmax()
+    return best
+
+
 def at_tokens(run: pd.DataFrame, budget: float, column: str) -> float:
     """The value of a column where a run has trained on `budget` tokens, between its evaluations."""
     run = run.sort_values("step")
@@ -72,6 +85,15 @@ def spread(values: pd.Series) -> str:
     return f"{values.mean():.3f} ± {values.std():.3f}" if len(values) > 1 else f"{values.mean():.3f}"
 
 
+def at_best_rates(rows: pd.DataFrame, best: dict[tuple[str, str], float]) -> pd.DataFrame:
+    """Leaves out runs of the comparison with other learning rates than the best."""
+    is_best = [
+        row.stage != "compare" or row.learning_rate == best.get((row.task, row.method), row.learning_rate)
+        for row in rows[["stage", "task", "method", "learning_rate"]].itertuples()
+    ]
+    return rows[is_best]
+
+
 def comparison_table(results: pd.DataFrame, task: str, budget: str) -> str:
     """Mean and standard deviation over seeds, a method a line (Markdown)."""
     splits = ["held_out", *methods.TASKS[task].out_of_distribution, "easy"]
@@ -94,17 +116,17 @@ def comparison_table(results: pd.DataFrame, task: str, budget: str) -> str:
 
 
 def tuning_table(records: pd.DataFrame, task: str) -> str:
-    """Mean held-out accuracy over the evaluations of a tuning run, by learning rate (Markdown)."""
-    rows = records[(records["stage"] == "tune") & (records["task"] == task)]
-    scores = rows.groupby(["method", "learning_rate"])["held_out"].mean().unstack()
-    lines = ["| method | " + " | ".join(f"{rate:g}" for rate in scores.columns) + " |"]
-    lines.append("| --- |" + " --- |" * len(scores.columns))
+    """Held-out accuracy of a tuning run at its end, and in brackets the mean over it, by learning rate (Markdown)."""
+    runs = records[(records["stage"] == "tune") & (records["task"] == task)]
+    last = runs[runs["step"] == runs["step"].max()].set_index(["method", "learning_rate"])["held_out"]
+    mean = runs.groupby(["method", "learning_rate"])["held_out"].mean()
+    best = best_learning_rates(records)
+    rates = sorted(runs["learning_rate"].unique())
+    lines = ["| method | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "| --- |" + " --- |" * len(rates)]
     for method, (title, _) in methods.METHODS.items():
-        if method in scores.index:
-            best = scores.loc[method].idxmax()
-            cells = [
-                f"**{value:.3f}**" if rate == best else f"{value:.3f}" for rate, value in scores.loc[method].items()
-            ]
+        if (task, method) in best:
+            cells = [f"{last[method, rate]:.3f} ({mean[method, rate]:.2f})" for rate in rates]
+            cells = [f"**{c}**" if rate == best[task, method] else c for rate, c in zip(rates, cells, strict=True)]
             lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -189,6 +211,8 @@ def write(folder: Path, results_dir: Path):
     results_dir.mkdir(parents=True, exist_ok=True)
     records.round(5).to_csv(results_dir / "runs.csv", index=False)
     weights.round(6).to_csv(results_dir / "weights.csv", index=False)
+    # Tables and plots are of the chosen learning rates; the files have all runs
+    records, weights = (at_best_rates(rows, best_learning_rates(records)) for rows in (records, weights))
     results = at_budgets(records)
     compared = records[records["stage"] == "compare"]
     sections = [f"Commits: {', '.join(sorted(records['commit'].unique()))}."]
@@ -200,7 +224,7 @@ def write(folder: Path, results_dir: Path):
             comparison_table(results, task, "updates"),
             f"## {task}: {num_tokens / 1000:.0f}k trained tokens",
             comparison_table(results, task, "tokens"),
-            f"## {task}: learning rates, mean held-out accuracy of a run on the tuning seed",
+            f"## {task}: learning rates, held-out accuracy at the end of the tuning run (mean over it)",
             tuning_table(records, task),
         ]
         plot_curves(records, task, results_dir / f"{task}.png")
