@@ -41,8 +41,15 @@ def wait_for(condition, seconds=10):
         time.sleep(0.05)
 
 
+@pytest.fixture(autouse=True)
+def children():
+    """Returns a function that lists this process' children, but those that earlier tests have left running."""
+    earlier = {child.pid for child in psutil.Process().children()}
+    return lambda: [child for child in psutil.Process().children() if child.pid not in earlier]
+
+
 @pytest.fixture
-def pool():
+def pool(children):  # which looks before the pool starts any
     pool = WorkerPool(eval, num_workers=2, timeout=0.5)
     yield pool
     pool.close()
@@ -61,12 +68,12 @@ def test_a_failure_costs_one_call(pool, threaded):
     assert results[8:] == list(range(8, 60))
 
 
-def test_the_time_limit_is_hard(pool):
+def test_the_time_limit_is_hard(pool, children):
     pool.map([("0",)] * 2)
     start = time.perf_counter()
     assert pool.map([(HANG_IN_C,), (HANG_IN_REGEX,)]) == [Failure("time limit")] * 2
     assert 0.5 <= time.perf_counter() - start < 3  # the two at the same time; a loaded machine may take its time
-    assert len(psutil.Process().children()) == 0  # killed, and waited for
+    assert len(children()) == 0  # killed, and waited for
 
 
 def test_calls_behind_a_failure_go_to_other_workers():
@@ -96,16 +103,16 @@ def test_workers_are_replaced_after_many_calls():
     pool.close()
 
 
-def test_workers_start_with_the_calls_and_live_on(pool):
-    assert psutil.Process().children() == []
+def test_workers_start_with_the_calls_and_live_on(pool, children):
+    assert children() == []
     first = pool.map([(PID,)])
-    assert len(psutil.Process().children()) == 1
+    assert len(children()) == 1
     pool.map([("0",)] * 50)
-    assert len(psutil.Process().children()) == 2
-    assert first[0] in [child.pid for child in psutil.Process().children()]
+    assert len(children()) == 2
+    assert first[0] in [child.pid for child in children()]
     assert pool.map([]) == []
     pool.close()
-    assert psutil.Process().children() == []
+    assert children() == []
     assert pool.map([("7",)]) == [7]
 
 
