@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from datasets import Dataset, load_dataset
 
+from luffy_trl.data import generate
 from luffy_trl.data.generate import GenerateArguments, Journal, main
 
 
@@ -211,16 +212,34 @@ def test_retry_after_holds_for_all(tmp_path):
     assert len(endpoint.times) == 7
 
 
-def test_limits_on_the_pace(tmp_path):
+def test_requests_under_way_are_limited(tmp_path):
     with Endpoint(delay=0.05) as endpoint:
         run(tmp_path, endpoint, num_rows=12, concurrency=3)
         assert endpoint.most_under_way == 3
-    with Endpoint() as endpoint:
-        kwargs = {"output_dir": str(tmp_path / "data"), "overwrite_output_dir": True, "temperature": 0.1}
-        run(tmp_path, endpoint, num_rows=6, requests_per_minute=600, **kwargs)
-    assert len(endpoint.times) == 6
-    assert min(b - a for a, b in zip(endpoint.times, endpoint.times[1:], strict=False)) >= 0.08
-    assert endpoint.times[-1] - endpoint.times[0] >= 0.5
+
+
+def test_the_pace_by_another_clock(monkeypatch):
+    """600 requests a minute are one in 0.1 seconds; after two of them the endpoint wants half a second of rest."""
+    now, starts = [100.0], []
+
+    async def sleep(seconds):
+        now[0] += seconds
+
+    monkeypatch.setattr(generate.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(generate.asyncio, "sleep", sleep)
+    pace = generate.Pace(requests_per_minute=600)
+
+    async def start(number):
+        for i in range(number):
+            await pace.wait()
+            starts.append(now[0] - 100)
+            if i == 1:
+                pace.hold(0.5)
+
+    coroutine = start(5)
+    with pytest.raises(StopIteration):
+        coroutine.send(None)
+    assert starts == pytest.approx([0.0, 0.1, 0.6, 0.7, 0.8])
 
 
 def test_requests_that_are_given_up_are_asked_again(tmp_path, capsys):
