@@ -35,13 +35,13 @@ SYSTEM_PROMPT = (
     "results like multiple choices or mathematical solutions."
 )
 
-_PRIME_SYSTEM_PROMPT = (
+PRIME_SYSTEM_PROMPT = (
     "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant "
     "first thinks about the reasoning process in the mind and then provides the user with the answer. The reasoning "
     "process and answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, i.e., <think> "
     "reasoning process here </think> <answer> answer here </answer>. "
 )
-_REASON = "Please reason step by step, and put your final answer within \\boxed{}."
+REASON = "Please reason step by step, and put your final answer within \\boxed{}."
 
 
 # `before` comes first, unless the conversation brings a system message and `own_system` lets it; `opening` begins what
@@ -102,10 +102,10 @@ CHAT_TEMPLATES = {
         own_system=True,
     ),
     "cot": _build(user=("User: ", "\n"), assistant="Answer: Let's think step by step."),
-    "qwen_math": _chatml(_REASON),
-    "simplerl": _chatml("You are a helpful assistant.", f"\n{_REASON}"),
+    "qwen_math": _chatml(REASON),
+    "simplerl": _chatml("You are a helpful assistant.", f"\n{REASON}"),
     "prime": _build(
-        before=_PRIME_SYSTEM_PROMPT,
+        before=PRIME_SYSTEM_PROMPT,
         user=("User: ", "\n\nPresent the answer in LaTex format: \\boxed{Your answer}. "),
         assistant="Assistant:",
     ),

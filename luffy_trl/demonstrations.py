@@ -388,6 +388,30 @@ def tokenize_demonstrations(
     return dataset
 
 
+def tokenize_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict], chat_template_kwargs: dict[str, Any] | None = None
+) -> list[int]:
+    """
+    The token ids of a prompt, as [`~trl.GRPOTrainer`] makes them.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The policy's tokenizer.
+        prompt (`str` or `list[dict]`):
+            The prompt, plain or conversational.
+        chat_template_kwargs (`dict`, *optional*):
+            Passed to the chat template.
+
+    Returns:
+        `list[int]`: Its token ids, with the opening of the assistant's turn.
+    """
+    if is_conversational({"prompt": prompt}):
+        return tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, return_dict=False, **(chat_template_kwargs or {})
+        )
+    return tokenizer(prompt)["input_ids"]
+
+
 def to_supervised(
     dataset: Dataset | IterableDataset,
     tokenizer: PreTrainedTokenizerBase,
@@ -408,15 +432,9 @@ def to_supervised(
         [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: Rows of `input_ids` (prompt and trace), `labels` (-100
         on the prompt) and `demonstration_row` (the number of the row that the trace came from).
     """
-    chat_template_kwargs = dict(chat_template_kwargs or {})
 
     def expand(rows):
-        if is_conversational({"prompt": rows["prompt"][0]}):
-            all_prompt_ids = tokenizer.apply_chat_template(
-                rows["prompt"], add_generation_prompt=True, return_dict=False, **chat_template_kwargs
-            )
-        else:
-            all_prompt_ids = tokenizer(rows["prompt"])["input_ids"]
+        all_prompt_ids = [tokenize_prompt(tokenizer, prompt, chat_template_kwargs) for prompt in rows["prompt"]]
         shown = [
             (prompt_ids, ids, number)
             for prompt_ids, traces, number in zip(

@@ -50,6 +50,26 @@ def logps_and_entropies(trainer, model, inputs):
     return logps, entropies
 
 
+class Gradients(TrainerCallback):
+    """The weights before each optimizer step, and the gradients that it used."""
+
+    def __init__(self):
+        self.weights, self.gradients = [], []
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        self.weights.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        self.gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+
+
+def row_logps(model, batch, row):
+    """Log-probs of the completion of a row of a micro-batch, by itself and without padding."""
+    prompt_ids, ids = (
+        batch[f"{part}_ids"][row][batch[f"{part}_mask"][row].bool()] for part in ("prompt", "completion")
+    )
+    logits = model(torch.cat([prompt_ids, ids])[None]).logits[0, len(prompt_ids) - 1 : -1]
+    return logits.log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
+
+
 def train(trainer):
     trainer.train()
     return trainer
@@ -505,12 +525,7 @@ def test_the_sampler_correction_leaves_demonstration_tokens_alone(model_path, tm
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_rl_with_sft_loss(model_path, tmp_path, loss_type, is_length_aware):
     """The gradient is that of GRPO on the rollouts plus that of the mean cross-entropy of demonstration tokens."""
-    recorded = []
-
-    class Gradients(TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
-            recorded.append({name: p.grad.clone() for name, p in model.named_parameters()})
-
+    gradients = Gradients()
     trainer = LuffyTrainer(
         model_path,
         tiny.share_of_digits,
@@ -525,7 +540,7 @@ def test_rl_with_sft_loss(model_path, tmp_path, loss_type, is_length_aware):
             max_grad_norm=0.0,
         ),
         Dataset.from_list(tiny.addition_rows(2, lambda i: ["A7" + "B" * 3 * i])),
-        callbacks=[Gradients()],
+        callbacks=[gradients],
     )
     micro_batches, compute_loss = [], trainer._compute_loss
     trainer._compute_loss = lambda model, inputs: micro_batches.append(inputs) or compute_loss(model, inputs)
@@ -536,34 +551,25 @@ def test_rl_with_sft_loss(model_path, tmp_path, loss_type, is_length_aware):
     num_demonstration_tokens = 3 + 6
     for batch in micro_batches:
         for row in range(len(batch["prompt_ids"])):
-            prompt_ids = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()]
-            ids = batch["completion_ids"][row][batch["completion_mask"][row].bool()]
-            logits = model(torch.cat([prompt_ids, ids])[None]).logits[0, len(prompt_ids) - 1 : -1]
-            logps = logits.log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
+            logps = row_logps(model, batch, row)
             if batch["demonstration_mask"][row].any():
                 loss = -0.7 * logps.sum() / num_demonstration_tokens
             else:
                 divisor = {
                     "dr_grpo": 2 * 4 * 16,
-                    "grpo": 2 * 4 * len(ids),
+                    "grpo": 2 * 4 * len(logps),
                     "bnpo": num_tokens if is_length_aware else 2 * int(batch["completion_mask"].sum()),
                     "dapo": num_tokens,
                 }[loss_type]
                 loss = -((logps - logps.detach()).exp() * batch["advantages"][row]).sum() / divisor
             loss.backward()
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(recorded[0][name], parameter.grad, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(gradients.gradients[0][name], parameter.grad, atol=1e-6, rtol=1e-4)
 
 
 def test_chord(model_path, tmp_path):
     """(1 - mu) GRPO + mu SFT with phi = p (1 - p), over three updates of the schedule of mu."""
-    recorded, weights = [], []
-
-    class Gradients(TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
-            weights.append({name: p.detach().clone() for name, p in model.named_parameters()})
-            recorded.append({name: p.grad.clone() for name, p in model.named_parameters()})
-
+    gradients = Gradients()
     trainer = LuffyTrainer(
         model_path,
         tiny.share_of_digits,
@@ -581,7 +587,7 @@ def test_chord(model_path, tmp_path):
             max_grad_norm=0.0,
         ),
         Dataset.from_list(tiny.addition_rows(2, lambda i: ["A7" + "B" * 3 * i])),
-        callbacks=[Gradients()],
+        callbacks=[gradients],
     )
     batches, compute_loss = [], trainer._compute_loss
     trainer._compute_loss = lambda model, inputs: batches.append(inputs) or compute_loss(model, inputs)
@@ -589,23 +595,22 @@ def test_chord(model_path, tmp_path):
     assert [log["sft_loss_coef"] for log in trainer.state.log_history[:5]] == pytest.approx([0, 0.4, 0.8, 0.5, 0.2])
 
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
-    for mu, batch, before, gradients in zip([0, 0.4, 0.8, 0.5, 0.2], batches, weights, recorded, strict=True):
+    for mu, batch, before, recorded in zip(
+        [0, 0.4, 0.8, 0.5, 0.2], batches, gradients.weights, gradients.gradients, strict=True
+    ):
         model.load_state_dict(before)
         model.zero_grad()
         for row in range(4):
-            prompt_ids = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()]
-            ids = batch["completion_ids"][row][batch["completion_mask"][row].bool()]
-            logits = model(torch.cat([prompt_ids, ids])[None]).logits[0, len(prompt_ids) - 1 : -1]
-            logps = logits.log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
+            logps = row_logps(model, batch, row)
             if batch["demonstration_mask"][row].any():
                 probs = logps.detach().exp()
-                loss = -mu * (probs * (1 - probs) * logps).sum() / len(ids)
+                loss = -mu * (probs * (1 - probs) * logps).sum() / len(logps)
             else:
                 surrogate = (logps - logps.detach()).exp() * batch["advantages"][row]
                 loss = -(1 - mu) * surrogate.sum() / (4 * 16)
             loss.backward()
         for name, parameter in model.named_parameters():
-            torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-6, rtol=1e-4)
+            torch.testing.assert_close(recorded[name], parameter.grad, atol=1e-6, rtol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------- on failure

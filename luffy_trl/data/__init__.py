@@ -9,7 +9,8 @@ from accelerate import PartialState
 from accelerate.logging import get_logger
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from transformers import PreTrainedTokenizerBase
-from trl.data_utils import is_conversational
+
+from ..demonstrations import tokenize_prompt
 
 
 logger = get_logger(__name__)
@@ -74,16 +75,9 @@ def without_long_prompts(
     Returns:
         [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: The rows that fit.
     """
-    chat_template_kwargs = chat_template_kwargs or {}
 
     def fits(row):
-        if is_conversational({"prompt": row["prompt"]}):
-            ids = tokenizer.apply_chat_template(
-                row["prompt"], add_generation_prompt=True, return_dict=False, **chat_template_kwargs
-            )
-        else:
-            ids = tokenizer(row["prompt"])["input_ids"]
-        return len(ids) <= max_length
+        return len(tokenize_prompt(tokenizer, row["prompt"], chat_template_kwargs)) <= max_length
 
     if isinstance(dataset, IterableDataset):
         return dataset.filter(fits)

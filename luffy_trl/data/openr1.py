@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, HfArgumentParser
 
 from ..chat_templates import SYSTEM_PROMPT
-from ..demonstrations import DemonstrationTokenizer, find_eos_token_ids, load_generation_config
+from ..demonstrations import DemonstrationTokenizer, find_eos_token_ids, load_generation_config, tokenize_prompt
 from ..rewards import math_verify_reward
 from . import load_data
 
@@ -374,11 +374,7 @@ class Checker:
         if self.args.verify == "math_verify" and row["answer"] is None:
             return "no gold answer"
         if self.tokenizer is not None:
-            if isinstance(row["prompt"], str):
-                ids = self.tokenizer(row["prompt"])["input_ids"]
-            else:
-                ids = self.tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
-            if len(ids) > self.args.max_prompt_length:
+            if len(tokenize_prompt(self.tokenizer, row["prompt"])) > self.args.max_prompt_length:
                 return "prompt too long"
 
     def check_traces(self, rows: list[dict[str, Any]]) -> list[list[str | None]]:

@@ -2,11 +2,12 @@
 
 """Evaluation on the paper's benchmarks; `python -m luffy_trl.eval --help` is its command line."""
 
+from ..chat_templates import SYSTEM_PROMPT
 from .benchmarks import BENCHMARKS, Benchmark, Question, load_questions
 from .grading import extract_choice, grade
 from .report import bootstrap_means, pass_at_k, summarize, to_markdown
 from .runner import EvaluationArguments, evaluate
-from .templates import SYSTEM_PROMPT, TEMPLATES, render_prompt
+from .templates import TEMPLATES, render_prompt
 
 
 __all__ = [

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..chat_templates import SYSTEM_PROMPT
 from ..data import load_data
-from .templates import SYSTEM_PROMPT
 
 
 logger = logging.getLogger(__name__)

@@ -7,34 +7,15 @@ authors' evaluation script.
 
 from transformers import PreTrainedTokenizerBase
 
+from ..chat_templates import PRIME_SYSTEM_PROMPT, REASON
 
-# The system message of LUFFY's data, which questions from the Hub get too.
-SYSTEM_PROMPT = (
-    "Your task is to follow a systematic, thorough reasoning process before providing the final solution. This "
-    "involves analyzing, summarizing, exploring, reassessing, and refining your thought process through multiple "
-    "iterations. Structure your response into two sections: Thought and Solution. In the Thought section, present "
-    'your reasoning using the format: "<think>\n {thoughts} </think>\n". Each thought should include detailed '
-    'analysis, brainstorming, verification, and refinement of ideas. After "</think>\n," in the Solution section, '
-    "provide the final, logical, and accurate answer, clearly derived from the exploration in the Thought section. If "
-    "applicable, include the answer in \\boxed{} for closed-form results like multiple choices or mathematical "
-    "solutions."
-)
 
-_QWEN = (
-    "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
-    "<|im_start|>user\n%s<|im_end|>\n<|im_start|>assistant\n"
-)
+_QWEN = f"<|im_start|>system\n{REASON}<|im_end|>\n<|im_start|>user\n%s<|im_end|>\n<|im_start|>assistant\n"
 _SIMPLERL = (
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n%s\nPlease reason step by step, "
-    "and put your final answer within \\boxed{}.<|im_end|>\n<|im_start|>assistant\n"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n%s\n"
+    f"{REASON}<|im_end|>\n<|im_start|>assistant\n"
 )
-_PRIME = (
-    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant "
-    "first thinks about the reasoning process in the mind and then provides the user with the answer. The reasoning "
-    "process and answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, i.e., <think> "
-    "reasoning process here </think> <answer> answer here </answer>. User: %s\n\nPresent the answer in LaTex format: "
-    "\\boxed{Your answer}. Assistant:"
-)
+_PRIME = PRIME_SYSTEM_PROMPT + ("User: %s\n\nPresent the answer in LaTex format: \\boxed{Your answer}. Assistant:")
 _FORMATS = {"qwen": _QWEN, "simplerl": _SIMPLERL, "prime": _PRIME, "none": "%s"}
 TEMPLATES = ("own", *_FORMATS)
 
