@@ -479,6 +479,10 @@ class LuffyConfig(GRPOConfig):
                     stacklevel=3,
                 )
 
+    def __getstate__(self):
+        # Trainers save their arguments by `torch.save` and push the file to the Hub.
+        return {**self.__dict__, "hub_token": None}
+
     def _is_set(self, name: str) -> bool:
         return getattr(self, name) != next(f.default for f in fields(self) if f.name == name)
 

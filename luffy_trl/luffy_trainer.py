@@ -27,6 +27,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed
+from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import nn
@@ -60,6 +61,8 @@ from .luffy_config import LuffyConfig
 from .model_card import save_model_card
 from .resuming import ResumableRepeatSampler, find_last_checkpoint, load_generation, save_generation
 
+
+logger = get_logger(__name__)
 
 _SUMMED_METRICS = (
     "demonstrations/dropped",
@@ -116,6 +119,7 @@ class LuffyTrainer(GRPOTrainer):
     """
 
     _tag_names = ["trl", "luffy", "grpo"]
+    _card_details: dict[str, Any] = {}
     _name = "LUFFY"
     _paper = {
         "title": "Learning to Reason under Off-Policy Guidance",
@@ -826,6 +830,24 @@ class LuffyTrainer(GRPOTrainer):
             self._sums.clear()
         super().log(logs, start_time)
 
+    def _push_from_checkpoint(self, checkpoint_folder):
+        if self.is_world_process_zero():
+            # PEFT's own card, whose base model the Hub refuses if it is a local folder
+            (Path(checkpoint_folder) / "README.md").unlink(missing_ok=True)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _finish_current_push(self):
+        super()._finish_current_push()
+        push = getattr(self, "push_in_progress", None)
+        # Checkpoints are pushed in the background, where an error is seen by nobody.
+        for job in [] if push is None else push.jobs:
+            if error := job.exception():
+                logger.warning(
+                    f"The push of a checkpoint failed. All files are in {self.args.output_dir}, and "
+                    f"`trainer.push_to_hub()` pushes them. The error was: {error}"
+                )
+        self.push_in_progress = None
+
     def create_model_card(
         self,
         model_name: str | None = None,
@@ -833,15 +855,18 @@ class LuffyTrainer(GRPOTrainer):
         tags: str | list[str] | None = None,
     ):
         """
-        Writes the model card, `README.md` in the output folder: method, data, recipe and citations.
+        Writes the model card, `README.md` in the output folder: method, data, recipe, curves, results of the evaluation,
+        versions and citations. `dataset_name` and `tags` hold for later cards too, such as those of checkpoints.
 
         Args:
             model_name (`str`, *optional*):
                 Name of the model.
             dataset_name (`str`, *optional*):
-                Name of the dataset used for training.
+                Name of the dataset used for training. If it is on the Hub, the metadata name it too.
             tags (`str` or `list[str]`, *optional*):
                 Further tags.
         """
+        details = {"dataset_name": dataset_name, "tags": tags}
+        self._card_details = {**self._card_details, **{name: value for name, value in details.items() if value}}
         if self.is_world_process_zero():
-            save_model_card(self, model_name, dataset_name, tags)
+            save_model_card(self, model_name, **self._card_details)
