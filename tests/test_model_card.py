@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import hub_server
@@ -18,6 +19,7 @@ from huggingface_hub import EvalResult, ModelCard
 from launched_hub import answer
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.hub import PushInProgress
 
 from luffy_trl import LuffyTrainer
 from luffy_trl.eval import summarize
@@ -315,6 +317,19 @@ def test_without_matplotlib_the_card_comes_without_curves(model_path, tmp_path, 
     assert "The model card has no curves: matplotlib is not installed (`pip install luffy-trl[eval]`)." in caplog.text
     assert "| policy shaping |" in read_card(trainer) and "png" not in read_card(trainer)
     assert not list(tmp_path.glob("*.png"))
+
+
+def test_a_card_that_is_being_pushed_is_left_alone_in_training(model_path, tmp_path):
+    trainer = make_trainer(model_path, tmp_path)
+    trainer.create_model_card()
+    before, upload = read_card(trainer), Future()
+    trainer.push_in_progress = PushInProgress([upload])
+    trainer.is_in_train = True
+    trainer.create_model_card(tags="math")
+    assert read_card(trainer) == before
+    upload.set_result(None)
+    trainer.create_model_card()
+    assert read_card(trainer) == before.replace("- luffy\n", "- luffy\n- math\n")
 
 
 def git(folder, *args):

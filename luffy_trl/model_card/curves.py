@@ -10,7 +10,7 @@ _PICTURES = {
     "curves_on_policy.png": [
         ("mean reward of rollouts", {"reward": "rollouts"}),
         (
-            "groups whose rollouts",
+            "share of groups whose rollouts",
             {"on_policy/solve_all": "all get the full reward", "on_policy/solve_none": "get no reward"},
         ),
         ("length of rollouts (tokens)", {"completions/mean_length": "mean", "completions/max_length": "longest"}),
