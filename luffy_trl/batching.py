@@ -4,17 +4,43 @@
 Micro-batches that waste little on padding: tensors in, tensors out, no trainer.
 
 TRL pads every micro-batch to the longest completion of the generation batch. One long demonstration for each seven
-shorter rollouts makes most of that padding. Here the sequences of one optimizer step are sorted by length, cut into as
-many micro-batches as before, of any number of rows, and each is trimmed to its own width. Which sequences an optimizer
-step sees does not change.
+shorter rollouts makes most of that padding. Here the sequences of one optimizer step, those of all processes, are
+sorted by length, cut into micro-batches of any number of rows, each as wide as its own longest, and dealt to the
+processes so that all have as much to do. Which sequences an optimizer step sees does not change.
 """
+
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
+
+
+def round_up(lengths: torch.Tensor, multiple: int | None) -> torch.Tensor:
+    """
+    Lengths as TRL's `pad_to_multiple_of` makes them.
+
+    Args:
+        lengths (`torch.Tensor`):
+            Lengths in tokens.
+        multiple (`int`, *optional*):
+            What they become a multiple of.
+
+    Returns:
+        `torch.Tensor`: The lengths, none of them 0.
+    """
+    lengths = lengths.clamp(min=1)
+    return lengths if multiple is None else -(-lengths // multiple) * multiple
 
 
 def plan_micro_batches(
-    prompt_lengths: list[int], completion_lengths: list[int], num_micro_batches: int, max_tokens: int
+    prompt_lengths: list[int],
+    completion_lengths: list[int],
+    max_tokens: int,
+    num_micro_batches: int | None = None,
+    multiple_of: int = 1,
+    padding_free: bool = False,
 ) -> list[list[int]]:
     """
     Cuts sequences, sorted by length, into micro-batches with the fewest padded tokens.
@@ -23,36 +49,53 @@ def plan_micro_batches(
         prompt_lengths (`list[int]`):
             Tokens of each prompt.
         completion_lengths (`list[int]`):
-            Tokens of each completion.
-        num_micro_batches (`int`):
-            How many micro-batches to make, at most as many as there are sequences. None is empty.
+            Tokens of each completion, at least 1.
         max_tokens (`int`):
-            Most padded tokens that a micro-batch may have: number of rows, times the longest prompt plus the longest
-            completion. Micro-batches of equally many rows, padded to the longest of all, must fit.
+            Most tokens that a micro-batch of several sequences may have: number of rows, times the longest prompt plus
+            the longest completion.
+        num_micro_batches (`int`, *optional*):
+            How many micro-batches to make, at most as many as there are sequences, and enough for `max_tokens`. None
+            is empty. If `None`, as few as `max_tokens` allows.
+        multiple_of (`int`, *optional*, defaults to `1`):
+            Without `num_micro_batches`, their number is a multiple of it. There must be as many sequences.
+        padding_free (`bool`, *optional*, defaults to `False`):
+            Whether a micro-batch has no padding, and its tokens are those of its sequences. Then the cut is the most
+            even one.
 
     Returns:
         `list[list[int]]`: Numbers of the sequences of each micro-batch, the longest first.
     """
     prompts, completions = np.array(prompt_lengths), np.array(completion_lengths)
     order = np.lexsort((-prompts, -completions))
-    num_sequences = len(order)
-    # widths[i, j]: that of a micro-batch of the sequences from i to j; what does not come after i has no meaning
-    starts = np.arange(num_sequences)
-    longest_prompts = np.maximum.accumulate(np.where(starts[None] >= starts[:, None], prompts[order][None], 0), axis=1)
-    widths = longest_prompts + np.maximum(completions[order], 1)[:, None]
-    tokens = np.where(starts[None] >= starts[:, None], widths * (starts[None] - starts[:, None] + 1.0), np.inf)
-    tokens[tokens > max_tokens] = np.inf
+    prompts, completions = prompts[order], completions[order]
+    # tokens[i, j]: those of a micro-batch of the sequences from i to j
+    starts = np.arange(len(order))
+    is_run = starts[None] >= starts[:, None]
+    if padding_free:
+        ends = np.cumsum(prompts + completions)
+        tokens = ends[None] - ends[:, None] + (prompts + completions)[:, None]
+    else:
+        longest_prompts = np.maximum.accumulate(np.where(is_run, prompts[None], 0), axis=1)
+        tokens = (longest_prompts + completions[:, None]) * (starts[None] - starts[:, None] + 1)
+    is_allowed = is_run & ((tokens <= max_tokens) | (starts[None] == starts[:, None]))
+    if num_micro_batches is None:
+        start, num_micro_batches = 0, 0
+        while start < len(order):  # each takes as many as fit, which makes the fewest
+            start += is_allowed[start].sum()
+            num_micro_batches += 1
+        num_micro_batches = -(-num_micro_batches // multiple_of) * multiple_of
+    weights = np.where(is_allowed, tokens.astype(float) ** (2 if padding_free else 1), np.inf)
 
-    # costs[j]: fewest padded tokens of the sequences before j in as many micro-batches as there have been rounds
-    costs = np.full(num_sequences + 1, np.inf)
+    # costs[j]: least cost of the sequences before j in as many micro-batches as there have been rounds
+    costs = np.full(len(order) + 1, np.inf)
     costs[0] = 0.0
     cuts = []
     for _ in range(num_micro_batches):
-        totals = costs[:-1, None] + tokens
+        totals = costs[:-1, None] + weights
         cuts.append(totals.argmin(axis=0))
         costs = np.concatenate([[np.inf], totals.min(axis=0)])
 
-    end, micro_batches = num_sequences, []
+    end, micro_batches = len(order), []
     for cut in reversed(cuts):
         start = cut[end - 1]
         micro_batches.append(order[start:end].tolist())
@@ -60,55 +103,107 @@ def plan_micro_batches(
     return micro_batches[::-1]
 
 
-def rebatch(
-    micro_batches: list[dict[str, torch.Tensor | None]], pad_to_multiple_of: int | None = None
-) -> list[dict[str, torch.Tensor | None]]:
+def deal(micro_batches: list[list[int]], tokens: list[int], num_processes: int) -> list[list[list[int]]]:
     """
-    Distributes the sequences of the micro-batches of one optimizer step anew, and trims the padding.
+    Deals micro-batches to processes, so that all have as many, much alike in each round and in sum.
 
     Args:
-        micro_batches (`list[dict[str, torch.Tensor | None]]`):
-            What TRL makes: tensors of equal shapes with a row for each sequence (`prompt_ids` and `prompt_mask` padded
-            on the left, whatever else is as wide as `completion_ids` on the right), and scalars that all share.
-        pad_to_multiple_of (`int`, *optional*):
-            Widths are multiples of it.
+        micro_batches (`list[list[int]]`):
+            Numbers of the sequences of each micro-batch; as many as a multiple of the processes.
+        tokens (`list[int]`):
+            Tokens of each.
+        num_processes (`int`):
+            Number of processes.
 
     Returns:
-        `list[dict[str, torch.Tensor | None]]`: As many micro-batches.
+        `list[list[list[int]]]`: The micro-batches of each process, in the order in which it takes them.
     """
-    merged = {
-        key: value if value is None or value.dim() == 0 else torch.cat([batch[key] for batch in micro_batches])
-        for key, value in micro_batches[0].items()
-    }
-    prompt_width, completion_width = merged["prompt_ids"].size(1), merged["completion_ids"].size(1)
-    prompt_lengths = merged["prompt_mask"].sum(1).tolist()
-    completion_lengths = merged["completion_mask"].sum(1).tolist()
-    rows_per_batch = micro_batches[0]["prompt_ids"].size(0)
-    plan = plan_micro_batches(
-        prompt_lengths,
-        completion_lengths,
-        len(micro_batches),
-        rows_per_batch * (max(prompt_lengths) + max(*completion_lengths, 1)),
-    )
+    order = sorted(range(len(micro_batches)), key=lambda number: -tokens[number])
+    shares, totals = [[] for _ in range(num_processes)], [0] * num_processes
+    for start in range(0, len(order), num_processes):
+        # The process that has had the least takes the largest
+        processes = sorted(range(num_processes), key=totals.__getitem__)
+        for process, number in zip(processes, order[start : start + num_processes], strict=True):
+            shares[process].append(micro_batches[number])
+            totals[process] += tokens[number]
+    return shares
 
-    def round_up(length: int, limit: int) -> int:
-        multiple = pad_to_multiple_of or 1
-        return min(-(-max(length, 1) // multiple) * multiple, limit)
 
-    def trim(key: str, value: torch.Tensor | None, rows: torch.Tensor, prompt: int, completion: int):
-        if value is None or value.dim() == 0:
-            return value
-        value = value[rows]
+def resize(batch: dict[str, torch.Tensor | None], prompt: int, completion: int) -> dict[str, torch.Tensor | None]:
+    """
+    Gives the sequences of a batch other widths, wider or narrower.
+
+    Args:
+        batch (`dict[str, torch.Tensor | None]`):
+            What TRL makes: tensors with a row for each sequence (`prompt_ids` and `prompt_mask` padded on the left,
+            whatever else is as wide as `completion_ids` on the right), and scalars.
+        prompt (`int`):
+            Columns of the prompts.
+        completion (`int`):
+            Columns of the completions.
+
+    Returns:
+        `dict[str, torch.Tensor | None]`: The batch.
+    """
+    width = batch["completion_ids"].size(1)
+
+    def resized(key: str, value: torch.Tensor | None) -> torch.Tensor | None:
         if key in ("prompt_ids", "prompt_mask"):
-            return value[:, prompt_width - prompt :]
-        if value.dim() > 1 and value.size(1) == completion_width:
-            return value[:, :completion]
+            return pad(value, (prompt - value.size(1), 0))
+        if value is not None and value.dim() > 1 and value.size(1) == width and key != "importance_sampling_ratio":
+            return pad(value, (0, completion - width))
         return value
 
-    result = []
-    for rows in plan:
-        prompt = round_up(max(prompt_lengths[row] for row in rows), prompt_width)
-        completion = round_up(max(completion_lengths[row] for row in rows), completion_width)
-        index = torch.tensor(rows, device=merged["prompt_ids"].device)
-        result.append({key: trim(key, value, index, prompt, completion) for key, value in merged.items()})
-    return result
+    return {key: resized(key, value) for key, value in batch.items()}
+
+
+def select(batch: dict[str, torch.Tensor | None], rows: list[int]) -> dict[str, torch.Tensor | None]:
+    """
+    Takes sequences out of a batch.
+
+    Args:
+        batch (`dict[str, torch.Tensor | None]`):
+            Tensors with a row for each sequence, and scalars that all share.
+        rows (`list[int]`):
+            Numbers of the sequences.
+
+    Returns:
+        `dict[str, torch.Tensor | None]`: The batch of these sequences.
+    """
+    return {key: value if value is None or value.dim() == 0 else value[rows] for key, value in batch.items()}
+
+
+def without_padding(model: Callable) -> Callable:
+    """
+    Makes a forward pass with a fused LM head run on one row, in which all sequences of the batch follow each other.
+
+    Attention kernels for sequences of variable length (flash attention) tell them apart by their position ids. Others
+    are as right, and no faster: they mask what lies between the sequences of one long row.
+
+    Args:
+        model (`Callable`):
+            A model with TRL's fused LM head.
+
+    Returns:
+        `Callable`: Takes `input_ids`, `attention_mask` and `labels` of shape `(B, L)`, and returns an object with
+        `log_probs` and `entropy` of shape `(B, L - 1)`, 0 where there is padding, as the model itself would.
+    """
+
+    def forward(input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor, **kwargs):
+        is_real = attention_mask.bool()
+        outputs = model(
+            input_ids=input_ids[is_real][None],
+            position_ids=(attention_mask.cumsum(1) - 1)[is_real][None],
+            labels=labels[is_real][None],
+            **kwargs,
+        )
+
+        def unpack(values: torch.Tensor | None) -> torch.Tensor | None:
+            if values is None:
+                return None
+            # The first token of the row, which nothing predicts, has no value
+            return values.new_zeros(is_real.shape).masked_scatter(is_real, pad(values, (1, 0)))[:, 1:]
+
+        return SimpleNamespace(log_probs=unpack(outputs.log_probs), entropy=unpack(outputs.entropy))
+
+    return forward

@@ -467,11 +467,14 @@ class Demonstration:
             Their log-probabilities under whoever wrote them, log pi_phi.
         is_complete (`bool`, *optional*, defaults to `True`):
             Whether this is the whole trace. If not, the policy continues.
+        trace (`tuple[int, int]`, *optional*, defaults to `(0, 0)`):
+            Number of the row in the dataset, and of the trace in the row.
     """
 
     ids: list[int]
     logps: list[float] | None = None
     is_complete: bool = True
+    trace: tuple[int, int] = (0, 0)
 
 
 def choose_demonstrations(row: dict[str, Any], args: "LuffyConfig", step: int) -> list[Demonstration | None]:
@@ -501,7 +504,12 @@ def choose_demonstrations(row: dict[str, Any], args: "LuffyConfig", step: int) -
         ids = row["demonstration_ids"][number]
         logps = row["demonstration_logps"][number] if row["demonstration_logps"] else None
         length = round(len(ids) * prefix_ratio(args, step, slot, rng))
-        demonstration = Demonstration(ids[:length], logps and logps[:length], is_complete=length == len(ids))
+        demonstration = Demonstration(
+            ids[:length],
+            logps and logps[:length],
+            is_complete=length == len(ids),
+            trace=(row["demonstration_row"], number),
+        )
         demonstrations.append(demonstration if length > 0 else None)
     return demonstrations
 

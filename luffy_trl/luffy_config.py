@@ -68,6 +68,8 @@ _DEMONSTRATION_OPTIONS = (
     "prefix_ratio_min",
     "prefix_ratio_max",
     "prefix_schedule",
+    "cache_demonstration_rewards",
+    "cache_demonstration_ref_logps",
 )
 
 
@@ -172,6 +174,23 @@ class LuffyConfig(GRPOConfig):
             and the entropy bonus are means over the micro-batch in TRL, and over the optimizer step then. `False` is
             TRL's cut, to the last bit. It needs a `steps_per_generation` that is a multiple of
             `gradient_accumulation_steps`.
+        max_tokens_per_microbatch (`int`, *optional*):
+            Most tokens, prompt and padding included, of a forward and backward pass. The optimizer step then makes as
+            many passes as its sequences need, the same number on every process, with gradients synchronised in the
+            last one only; `gradient_accumulation_steps` times `per_device_train_batch_size` is still how many
+            sequences it has. A longer sequence goes alone. `None` makes `gradient_accumulation_steps` passes, none of
+            them with more padded tokens than TRL's. It needs `length_aware_batching`.
+        padding_free (`bool`, *optional*, defaults to `False`):
+            Whether the sequences of a pass follow each other in one row, without any padding, as in
+            [`~trl.SFTConfig`]. It is for attention kernels with sequences of variable length (`attn_implementation`
+            `"flash_attention_2"`, `"flash_attention_3"` and their like in `model_init_kwargs`): others give the same
+            numbers, and take more time and memory for it. It needs `length_aware_batching`.
+        cache_demonstration_rewards (`bool`, *optional*, defaults to `False`):
+            Whether to score each whole trace once, and keep its rewards. For reward functions that depend on the
+            prompt, the completion and the columns of the row alone, not on the step, the other completions or chance.
+        cache_demonstration_ref_logps (`bool`, *optional*, defaults to `False`):
+            Whether to compute the reference's log-probabilities of each whole trace once, and keep them in memory (4
+            bytes a token on each process that meets the trace). For `beta > 0`, without `sync_ref_model`.
         demonstration_loss (`str`, *optional*, defaults to `"policy_gradient"`):
             `"policy_gradient"` is LUFFY. `"sft"` is the paper's baseline "RL w/ SFT loss" (`use_sft_multitask_loss` of
             the released code): the policy gradient covers rollouts alone, and `sft_loss_coef` times the mean
@@ -352,6 +371,37 @@ class LuffyConfig(GRPOConfig):
             "to the last bit. It needs a steps_per_generation that is a multiple of gradient_accumulation_steps."
         },
     )
+    max_tokens_per_microbatch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most tokens, prompt and padding included, of a forward and backward pass. The optimizer step "
+            "then makes as many passes as its sequences need, the same number on every process. A longer sequence "
+            "goes alone. None makes gradient_accumulation_steps passes. It needs length_aware_batching."
+        },
+    )
+    padding_free: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the sequences of a pass follow each other in one row, without any padding. It is for "
+            "attention kernels with sequences of variable length (flash attention): others give the same numbers, and "
+            "take more time and memory for it. It needs length_aware_batching."
+        },
+    )
+    cache_demonstration_rewards: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to score each whole trace once, and keep its rewards. For reward functions that depend "
+            "on the prompt, the completion and the columns of the row alone, not on the step, the other completions "
+            "or chance."
+        },
+    )
+    cache_demonstration_ref_logps: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to compute the reference's log-probabilities of each whole trace once, and keep them in "
+            "memory (4 bytes a token). For beta > 0, without sync_ref_model."
+        },
+    )
     demonstration_loss: str = field(
         default="policy_gradient",
         metadata={
@@ -460,12 +510,7 @@ class LuffyConfig(GRPOConfig):
         if self.demonstration_loss == "sft":
             self._check_sft()
 
-        if self.length_aware_batching and self.steps_per_generation % self.gradient_accumulation_steps != 0:
-            raise ValueError(
-                "`length_aware_batching=True` sorts the sequences of an optimizer step, and `steps_per_generation` "
-                f"({self.steps_per_generation}) is no multiple of `gradient_accumulation_steps` "
-                f"({self.gradient_accumulation_steps}). Change one of them, or set `length_aware_batching=False`."
-            )
+        self._check_batching()
         if self.num_demonstrations == 0 and self.ratio_clipping == "on_policy":
             self._check_grpo()
         if not self.is_plain_grpo:
@@ -500,6 +545,33 @@ class LuffyConfig(GRPOConfig):
             if isinstance(value, bool) or not isinstance(value, int if is_integer else int | float) or value != value:
                 kind = "a whole number" if is_integer else "a number"
                 raise ValueError(f"`{f.name}` must be {kind}, got {value!r}.")
+
+    def _check_batching(self):
+        if self.length_aware_batching and self.steps_per_generation % self.gradient_accumulation_steps != 0:
+            raise ValueError(
+                "`length_aware_batching=True` sorts the sequences of an optimizer step, and `steps_per_generation` "
+                f"({self.steps_per_generation}) is no multiple of `gradient_accumulation_steps` "
+                f"({self.gradient_accumulation_steps}). Change one of them, or set `length_aware_batching=False`."
+            )
+        for name in ("max_tokens_per_microbatch", "padding_free"):
+            if self._is_set(name) and not self.length_aware_batching:
+                raise ValueError(
+                    f"`{name}={getattr(self, name)}` cuts the optimizer step anew, and `length_aware_batching=False` "
+                    "leaves the cut to TRL. Remove one of them."
+                )
+        if self.max_tokens_per_microbatch is not None and self.max_tokens_per_microbatch < 1:
+            raise ValueError(f"`max_tokens_per_microbatch` must be positive, got {self.max_tokens_per_microbatch}.")
+        if self.cache_demonstration_ref_logps and (self.beta == 0.0 or self.sync_ref_model):
+            reason = "there is no reference with `beta=0`" if self.beta == 0.0 else "`sync_ref_model` changes them"
+            raise ValueError(
+                f"`cache_demonstration_ref_logps=True` keeps log-probabilities of the reference, and {reason}. Remove "
+                "it."
+            )
+        if self.cache_demonstration_ref_logps and not self.length_aware_batching:
+            raise ValueError(
+                "`cache_demonstration_ref_logps=True` leaves traces out of the passes over a generation batch, which "
+                "`length_aware_batching=False` leaves to TRL. Remove one of them."
+            )
 
     def _check_grpo(self):
         for name in ("on_policy_shaping", "max_token_prob", "rollout_advantage_weight"):

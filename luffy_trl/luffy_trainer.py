@@ -8,7 +8,8 @@ LUFFY (arXiv 2504.14945) on TRL's GRPOTrainer. What differs from GRPO, in the or
    `demonstration_policy="on_failure"` it samples all of them, and `_generate` replaces k in each group that fails.
 3. `_calculate_rewards` scores both alike. TRL gets to see the rollouts' rewards only: its metrics skip what is NaN.
 4. The advantages are those of the mixed group (`losses.group_advantages`).
-5. `_prepare_inputs` sorts the sequences of an optimizer step into micro-batches by length (`batching.rebatch`).
+5. `_prepare_inputs` cuts the sequences of an optimizer step into micro-batches by length (`batching`), and
+   `training_step` runs as many of them as a token budget asks for.
 6. `_compute_loss` shapes the ratio of demonstration tokens (`losses.mixed_policy_loss`); the rest of it (loss types,
    KL, entropy bonus, metrics) is TRL's, with every TRL metric taken over rollout tokens.
 
@@ -18,8 +19,9 @@ and micro-batches weigh as many tokens as they hold.
 These are private methods of TRL 1.16, which is why luffy-trl pins its minor version.
 """
 
-from collections import defaultdict
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import nn
 from transformers import (
@@ -47,7 +49,7 @@ from trl.trainer import grpo_trainer
 from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
 from trl.trainer.utils import get_config_model_id, nanmax, nanmin, nanstd
 
-from .batching import rebatch
+from .batching import deal, plan_micro_batches, resize, round_up, select, without_padding
 from .demonstrations import (
     DEMONSTRATION_COLUMNS,
     Demonstration,
@@ -58,26 +60,12 @@ from .demonstrations import (
 )
 from .losses import Shaping, group_advantages, importance_ratio, mixed_policy_loss, sft_coefficient
 from .luffy_config import LuffyConfig
+from .metrics import RunningMetrics, describe_groups, describe_lengths
 from .model_card import save_model_card
 from .resuming import ResumableRepeatSampler, find_last_checkpoint, load_generation, save_generation
 
 
 logger = get_logger(__name__)
-
-_SUMMED_METRICS = (
-    "demonstrations/dropped",
-    "demonstrations/loss",
-    "demonstrations/prob",
-    "demonstrations/ratio",
-    "demonstrations/fraction",
-    "on_policy/loss",
-    # TRL's own, with `length_aware_batching`
-    "entropy",
-    "kl",
-    "clip_ratio/low_mean",
-    "clip_ratio/high_mean",
-    "clip_ratio/region_mean",
-)
 
 
 class LuffyTrainer(GRPOTrainer):
@@ -221,7 +209,15 @@ class LuffyTrainer(GRPOTrainer):
                 "mixture of experts has no mean. Set `length_aware_batching=False`, or leave that loss out with "
                 "`output_router_logits=False` in the model's config."
             )
-        if args.demonstration_policy == "on_failure" and self._is_sharded:
+        attention = self.accelerator.unwrap_model(self.model).config._attn_implementation
+        if args.padding_free and "flash" not in (attention or ""):
+            logger.warning(
+                f"`padding_free=True` is made for flash attention, and the model has {attention!r}: the numbers are the "
+                "same, but it masks the long row in full. Set `attn_implementation` in `model_init_kwargs`, or "
+                "`padding_free=False`."
+            )
+        scores_unevenly = args.demonstration_policy == "on_failure" or args.cache_demonstration_rewards
+        if scores_unevenly and self._is_sharded:
             reward_models = [
                 name
                 for name, func in zip(self.reward_func_names, self.reward_funcs, strict=True)
@@ -230,8 +226,8 @@ class LuffyTrainer(GRPOTrainer):
             if reward_models:
                 raise ValueError(
                     f"`reward_funcs` has the model {reward_models[0]!r}, which is sharded: all processes have to score "
-                    "together, and with `demonstration_policy='on_failure'` they score different numbers of rows. Use "
-                    "DDP or ZeRO-2, a reward function, or `demonstration_policy='always'`."
+                    "together, and with `demonstration_policy='on_failure'` or `cache_demonstration_rewards=True` they "
+                    "score different numbers of rows. Use DDP or ZeRO-2, a reward function, or neither of the options."
                 )
         self._loss_options = {
             "shaping": Shaping(
@@ -259,8 +255,7 @@ class LuffyTrainer(GRPOTrainer):
             warmup_steps=args.sft_loss_coef_warmup_steps,
             decay_steps=args.sft_loss_coef_decay_steps,
         )
-        # (sum, count) of each metric that is divided when it is logged
-        self._sums = defaultdict(lambda: torch.zeros(2, device=self.accelerator.device))
+        self._running_metrics = RunningMetrics(self.accelerator.device)
         # State of the generation batch at hand: the demonstration of each local row (or None), and over all processes
         # which rows are local, how many demonstration tokens rows have, which have any, and what rewards rows and
         # rollouts got: these differ where rollouts were sampled and replaced.
@@ -268,8 +263,13 @@ class LuffyTrainer(GRPOTrainer):
         self._local_rows = slice(0)
         self._demonstration_lengths: torch.Tensor | None = None
         self._is_demonstration: torch.Tensor | None = None
+        self._has_behavior_logps = False
         self._rewards_per_func: torch.Tensor | None = None
         self._rollout_rewards_per_func: torch.Tensor | None = None
+        self._has_old_pass = False  # whether the next pass over a generation batch is that of pi_old
+        # What is computed once for each trace, by `Demonstration.trace`
+        self._reward_cache: dict[tuple[int, int], torch.Tensor] = {}
+        self._ref_logps_cache: dict[tuple[int, int], torch.Tensor] = {}
         # With `demonstration_policy="on_failure"`: the rows of the batch, and what each would show if its group fails.
         self._fallback: tuple[list[dict[str, Any]], list[Demonstration | None]] | None = None
 
@@ -328,50 +328,154 @@ class LuffyTrainer(GRPOTrainer):
             load_generation(self, Path(resume_from_checkpoint))
         return result
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self.args.max_tokens_per_microbatch is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        # Under a token budget, the last of the calls for an optimizer step makes all of its passes, and syncs gradients
+        # in the last of these.
+        started = time.perf_counter()
+        model.train()
+        micro_batches = self._prepare_inputs(inputs)
+        loss = torch.zeros((), device=self.accelerator.device)
+        if not micro_batches:
+            self._step += 1
+        for number, batch in enumerate(micro_batches):
+            if number == len(micro_batches) - 1:
+                self._current_train_step_time += time.perf_counter() - started
+                return loss + super().training_step(model, batch, num_items_in_batch)
+            is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED  # has its own way to wait
+            with nullcontext() if is_deepspeed else self.accelerator.no_sync(model):
+                self.accelerator.gradient_state._set_sync_gradients(False)
+                loss += super(GRPOTrainer, self).training_step(model, batch, num_items_in_batch)
+            self.accelerator.gradient_state._set_sync_gradients(True)
+        self._current_train_step_time += time.perf_counter() - started
+        return loss
+
     def _prepare_inputs(self, generation_batch):
+        if isinstance(generation_batch, dict):
+            return generation_batch  # a micro-batch that `training_step` has prepared
+        buffered_inputs = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         if not self.model.training or not self.args.length_aware_batching:
             return inputs
-        if "num_sequences" not in inputs:  # just generated
-            steps = self.args.gradient_accumulation_steps
-            rebatched = []
-            for start in range(0, len(self._buffered_inputs), steps):
-                micro_batches = self._buffered_inputs[start : start + steps]
-                num_sequences = torch.tensor(sum(len(batch["prompt_ids"]) for batch in micro_batches))
-                num_tokens = sum(batch["completion_mask"].sum() for batch in micro_batches)
-                for batch in rebatch(micro_batches, self.pad_to_multiple_of):
-                    rebatched.append({**batch, "num_sequences": num_sequences, "num_tokens": num_tokens})
-            # The mean over processes, whose gradients DDP averages
-            num_tokens = torch.stack([batch["num_tokens"] for batch in rebatched]).float()
-            num_tokens = self.accelerator.reduce(num_tokens, "mean")
-            self._buffered_inputs = [
-                {**batch, "num_tokens": count} for batch, count in zip(rebatched, num_tokens, strict=True)
-            ]
+        if self._buffered_inputs is not buffered_inputs:  # just generated
+            self._buffered_inputs = self._rebatch(self._buffered_inputs)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def _rebatch(self, buffered_inputs: list[dict[str, torch.Tensor | None]]) -> list[Any]:
+        """
+        Cuts the sequences of each optimizer step anew, those of all processes together.
+
+        Returns a micro-batch for each call of `training_step`; or, under a token budget, lists of them.
+        """
+        num_calls, num_processes = self.args.gradient_accumulation_steps, self.accelerator.num_processes
+        max_tokens = self.args.max_tokens_per_microbatch
+        rebatched = []
+        for start in range(0, len(buffered_inputs), num_calls):
+            parts = buffered_inputs[start : start + num_calls]
+            batch = {
+                key: value if value is None or value.dim() == 0 else torch.cat([part[key] for part in parts])
+                for key, value in parts[0].items()
+            }
+            if (ratio := batch.get("importance_sampling_ratio")) is not None:
+                batch["importance_sampling_ratio"] = ratio.expand_as(
+                    batch["completion_ids"]
+                )  # one per sequence, or token
+            num_sequences = len(batch["prompt_ids"])
+            lengths = torch.stack([batch["prompt_mask"].sum(1), batch["completion_mask"].sum(1)], dim=1)
+            lengths = self.accelerator.gather(lengths)
+            num_tokens = lengths[:, 1].sum() / num_processes
+            lengths = round_up(lengths, self.pad_to_multiple_of).cpu()
+            if num_processes > 1:
+                batch = resize(batch, *lengths.amax(0).tolist())
+                batch = {
+                    key: value if value is None or value.dim() == 0 else self.accelerator.gather(value)
+                    for key, value in batch.items()
+                }
+            prompts, completions = lengths.T.tolist()
+            if max_tokens is None:  # as many as TRL's, and none larger
+                rows_per_batch = num_sequences // num_calls
+                limits = rows_per_batch * int(lengths.amax(0).sum()), num_calls * num_processes
+            else:
+                limits = max_tokens, None
+            plan = plan_micro_batches(prompts, completions, *limits, num_processes, self.args.padding_free)
+            tokens = [sum(prompts[row] + completions[row] for row in rows) for rows in plan]
+            if not self.args.padding_free:
+                widths = [lengths[rows].amax(0).sum().item() for rows in plan]
+                tokens = [len(rows) * width for rows, width in zip(plan, widths, strict=True)]
+            own = deal(plan, tokens, num_processes)[self.accelerator.process_index]
+            micro_batches = [
+                {
+                    **resize(select(batch, rows), *lengths[rows].amax(0).tolist()),
+                    # What losses are divided by: the optimizer step's, as the mean over processes, whose gradients are
+                    # averaged
+                    "num_sequences": torch.tensor(num_sequences),
+                    "num_tokens": num_tokens,
+                }
+                for rows in own
+            ]
+            rebatched += micro_batches if max_tokens is None else [[] for _ in range(num_calls - 1)] + [micro_batches]
+        return rebatched
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, *args, **kwargs
     ):
+        if self.args.padding_free:
+            model = without_padding(model)
         is_text = not args and all(value is None for value in kwargs.values())
         if not (self.args.length_aware_batching and batch_size is not None and is_text):
             return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, batch_size, *args, **kwargs
             )
-        # Old and reference log-probs, over the whole generation batch: as many forward passes, each of its own width
+        # Old or reference log-probs, over the whole generation batch
         num_prompt_tokens = input_ids.size(1) - logits_to_keep
-        lengths = attention_mask[:, num_prompt_tokens:].sum(1)
-        all_logps = None
-        for rows in lengths.argsort(descending=True).split(batch_size):
-            prompt = int(attention_mask[rows, :num_prompt_tokens].sum(1).max())
-            completion = int(lengths[rows].max().clamp(min=1))
+        masks = attention_mask.split([num_prompt_tokens, logits_to_keep], dim=1)
+        lengths = round_up(torch.stack([mask.sum(1) for mask in masks], dim=1), self.pad_to_multiple_of).cpu()
+        lengths = lengths.minimum(torch.tensor([num_prompt_tokens, logits_to_keep]))
+        is_reference, self._has_old_pass = not self._has_old_pass, False
+        known = self._find_known_logps(is_reference)
+        rows = sorted(range(len(known)), key=lambda row: known[row] is not None)
+        num_rows = sum(logps is None for logps in known)
+        if self.args.max_tokens_per_microbatch is None:
+            max_tokens = batch_size * int(lengths.amax(0).sum())
+            num_batches = -(-num_rows // batch_size)
+        else:
+            max_tokens = self.args.max_tokens_per_microbatch
+            prompts, completions = lengths[rows[:num_rows]].T.tolist()
+            num_batches = len(
+                plan_micro_batches(prompts, completions, max_tokens, padding_free=self.args.padding_free)
+            )
+        # Forward passes of a sharded model are joint work: all processes make as many, over known rows where need be
+        num_batches = int(self.accelerator.gather(torch.tensor(num_batches, device=input_ids.device)).max())
+        rows = rows[: max(num_rows, num_batches)]
+        prompts, completions = lengths[rows].T.tolist()
+        plan = plan_micro_batches(prompts, completions, max_tokens, num_batches, padding_free=self.args.padding_free)
+        all_logps = torch.zeros(masks[1].shape, device=input_ids.device)
+        for numbers in plan:
+            chunk = [rows[number] for number in numbers]
+            prompt, completion = lengths[chunk].amax(0).tolist()
             columns = slice(num_prompt_tokens - prompt, num_prompt_tokens + completion)
             logps, _, _ = super()._get_per_token_logps_and_entropies(
-                model, input_ids[rows, columns], attention_mask[rows, columns], completion
+                model, input_ids[chunk, columns], attention_mask[chunk, columns], completion
             )
-            if all_logps is None:
-                all_logps = logps.new_zeros(len(input_ids), logits_to_keep)
-            all_logps[rows, :completion] = logps
+            all_logps[chunk, :completion] = logps.float()
+        for row, trace in enumerate(self._whole_traces):
+            if known[row] is not None:
+                all_logps[row, : len(known[row])] = known[row].to(all_logps.device)
+            elif is_reference and trace and self.args.cache_demonstration_ref_logps:
+                self._ref_logps_cache[trace] = all_logps[row, : len(self._demonstrations[row].ids)].cpu()
         return all_logps, None, None
+
+    def _find_known_logps(self, is_reference: bool) -> list[torch.Tensor | None]:
+        """For each local row, the log-probs that need no forward pass: none of a demonstration are used as old ones."""
+        if is_reference:
+            return [self._ref_logps_cache.get(trace) for trace in self._whole_traces]
+        return [None if trace is None else torch.zeros(0) for trace in self._whole_traces]
+
+    @property
+    def _whole_traces(self) -> list[tuple[int, int] | None]:
+        """For each local row that shows a whole trace, which one."""
+        return [shown.trace if shown and shown.is_complete else None for shown in self._demonstrations]
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor | Any]:
         mode = "train" if self.model.training else "eval"
@@ -386,15 +490,20 @@ class LuffyTrainer(GRPOTrainer):
             chosen = [None] * len(inputs)  # until the rollouts have failed
         self._show(chosen)
         self._rewards_per_func = None
+        # TRL computes old log-probs where updates lag behind generation, and then those of the reference
+        generate_every = self.args.steps_per_generation * self.num_iterations
+        self._has_old_pass = self.args.gradient_accumulation_steps % generate_every != 0 or (
+            self.use_vllm and self.vllm_importance_sampling_correction
+        )
         output = super()._generate_and_score_completions(inputs)
 
         positions = torch.arange(output["completion_ids"].size(1), device=device)
         output["demonstration_mask"] = positions < self._demonstration_lengths[self._local_rows].unsqueeze(1)
         output["num_demonstration_tokens"] = self._demonstration_lengths.sum()
-        if any(shown and shown.logps for shown in self._demonstrations):
+        if self._has_behavior_logps:
             output["behavior_logps"] = torch.zeros_like(output["completion_ids"], dtype=torch.float32)
             for i, shown in enumerate(self._demonstrations):
-                if shown:
+                if shown and shown.logps:
                     output["behavior_logps"][i, : len(shown.logps)] = torch.tensor(shown.logps, device=device)
         if is_used:
             self._replace_advantages(output)
@@ -413,17 +522,16 @@ class LuffyTrainer(GRPOTrainer):
             demonstrations.append(chosen[slot] if slot < len(chosen) else None)
             if slot == 0:
                 num_dropped += row["demonstrations_dropped"]
-        num_batches = float(self.accelerator.is_main_process)  # counted once, where processes are summed
-        self._sums["demonstrations/dropped"] += self._sums["demonstrations/dropped"].new_tensor(
-            [num_dropped, num_batches]
-        )
+        # The batch is counted once, where processes are summed
+        self._running_metrics.add("demonstrations/dropped", num_dropped, float(self.accelerator.is_main_process))
         return demonstrations
 
     def _show(self, demonstrations: list[Demonstration | None]):
         """Sets the demonstrations of the local rows, and what all processes know of each other's."""
         self._demonstrations = demonstrations
-        lengths = [len(shown.ids) if shown else 0 for shown in demonstrations]
-        self._demonstration_lengths = self.accelerator.gather(torch.tensor(lengths, device=self.accelerator.device))
+        known = [(len(shown.ids), bool(shown.logps)) if shown else (0, False) for shown in demonstrations]
+        known = self.accelerator.gather(torch.tensor(known, device=self.accelerator.device))
+        self._demonstration_lengths, self._has_behavior_logps = known[:, 0], bool(known[:, 1].any())
         self._is_demonstration = self._demonstration_lengths > 0
 
     def _replace_advantages(self, output: dict[str, torch.Tensor | Any]):
@@ -463,15 +571,8 @@ class LuffyTrainer(GRPOTrainer):
         # A rollout solves its problem where it earns 1 from each reward function that applies to it. Rows that no
         # function scores have no say.
         full_rewards = (~self._rollout_rewards_per_func.isnan() * self.reward_weights.to(rewards.device)).sum(dim=1)
-        is_silent = rollout_rewards.isnan().view(-1, self.num_generations)
-        has_solved = (rollout_rewards >= full_rewards).view(-1, self.num_generations)
-        has_earned = (rollout_rewards > 0).view(-1, self.num_generations)
-        is_scored = ~is_silent.all(dim=1)
-        if is_scored.any():
-            metrics["on_policy/solve_all"].append((has_solved | is_silent).all(dim=1)[is_scored].float().mean().item())
-            metrics["on_policy/solve_none"].append(
-                (~has_earned | is_silent).all(dim=1)[is_scored].float().mean().item()
-            )
+        for name, value in describe_groups(rollout_rewards, full_rewards, self.num_generations).items():
+            metrics[name].append(value)
 
     def _describe_rollouts_only(self, rollout_rewards: torch.Tensor, output: dict[str, torch.Tensor | Any]):
         """Replaces the metrics of TRL for which it is not enough that demonstrations have the reward NaN."""
@@ -520,14 +621,9 @@ class LuffyTrainer(GRPOTrainer):
             ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
             described = torch.tensor([[len(ids), ids[-1] not in ends] for ids in completion_ids])
             lengths, is_truncated = self.accelerator.gather(described.to(self.accelerator.device)).T
-            is_truncated = is_truncated[~self._is_demonstration].bool()
-            lengths = lengths[~self._is_demonstration].float()
-            metrics["completions/clipped_ratio"][-1] = is_truncated.float().mean().item()
-            terminated_lengths = lengths[~is_truncated] if not is_truncated.all() else torch.zeros(1)
-            for kind, values in (("", lengths), ("terminated_", terminated_lengths)):
-                metrics[f"completions/mean_{kind}length"][-1] = values.mean().item()
-                metrics[f"completions/min_{kind}length"][-1] = values.min().item()
-                metrics[f"completions/max_{kind}length"][-1] = values.max().item()
+            is_rollout = ~self._is_demonstration
+            for name, value in describe_lengths(lengths[is_rollout], is_truncated[is_rollout].bool()).items():
+                metrics[name][-1] = value
         return result
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
@@ -646,20 +742,30 @@ class LuffyTrainer(GRPOTrainer):
             completions[i] = self._decode(prompts[i], prompt_ids[i], completion_ids[i])
 
         rewards_per_func = rollout_rewards_per_func[self._local_rows].clone()
-        if replaced:
-            extra_logs = {column: list(values) for column, values in self._pending_extra_logs.items()}
-            self._pending_extra_logs.clear()
-            # Processes replace different numbers of rows, so that TRL must not gather what it has scored.
-            with patch.object(grpo_trainer, "gather", lambda rewards: rewards):
-                rewards_per_func[replaced] = super()._calculate_rewards(
-                    *([values[i] for i in replaced] for values in (inputs, prompts, completions, completion_ids))
-                )
-            for column, values in self._pending_extra_logs.items():
-                extra_logs.setdefault(column, [None] * len(prompts))
-                for i, value in zip(replaced, values, strict=True):
-                    extra_logs[column][i] = value
-            self._pending_extra_logs.update(extra_logs)
+        self._score(replaced, rewards_per_func, inputs, prompts, completions, completion_ids)
         self._rewards_per_func = self.accelerator.gather(rewards_per_func)
+
+    def _score(self, rows: list[int], rewards_per_func: torch.Tensor, *batch: list):
+        """Scores some local rows of what `_calculate_rewards` takes, into `rewards_per_func` of shape `(B, F)`."""
+        traces = self._whole_traces
+        for row in rows:
+            if traces[row] in self._reward_cache:
+                rewards_per_func[row] = self._reward_cache[traces[row]]
+        rows = [row for row in rows if traces[row] not in self._reward_cache]
+        if not rows:
+            return
+        extra_logs = {column: list(values) for column, values in self._pending_extra_logs.items()}
+        self._pending_extra_logs.clear()
+        # Processes score different numbers of rows, so that TRL must not gather what it has scored.
+        with patch.object(grpo_trainer, "gather", lambda rewards: rewards):
+            rewards_per_func[rows] = super()._calculate_rewards(*([values[row] for row in rows] for values in batch))
+        for column, values in self._pending_extra_logs.items():
+            extra_logs.setdefault(column, [None] * len(batch[0]))
+            for row, value in zip(rows, values, strict=True):
+                extra_logs[column][row] = value
+        self._pending_extra_logs.update(extra_logs)
+        if self.args.cache_demonstration_rewards:
+            self._reward_cache |= {traces[row]: rewards_per_func[row].clone() for row in rows if traces[row]}
 
     def _decode(self, prompt: str | list[dict], prompt_ids: list[int], ids: list[int]) -> str | list[dict]:
         """A completion as reward functions see it, decoded as `_generate` does it."""
@@ -674,7 +780,13 @@ class LuffyTrainer(GRPOTrainer):
         # TRL makes its metrics from what this returns: the rewards of rollouts, and NaN, which they skip, for rows that
         # never were one. The advantages that it makes too are replaced, from the rewards that are kept here.
         if self._rewards_per_func is None:
-            self._rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            batch = inputs, prompts, completions, completion_ids_list
+            if self.args.cache_demonstration_rewards:
+                rewards_per_func = torch.zeros(len(prompts), len(self.reward_funcs), device=self.accelerator.device)
+                self._score(list(range(len(prompts))), rewards_per_func, *batch)
+                self._rewards_per_func = self.accelerator.gather(rewards_per_func)
+            else:
+                self._rewards_per_func = super()._calculate_rewards(*batch)
             self._rollout_rewards_per_func = self._rewards_per_func.masked_fill(
                 self._is_demonstration.unsqueeze(1), torch.nan
             )
@@ -731,12 +843,13 @@ class LuffyTrainer(GRPOTrainer):
             corrected_loss = per_token_loss * inputs["importance_sampling_ratio"]
             per_token_loss = torch.where(demonstration_mask, per_token_loss, corrected_loss)
         if mode == "train":
+            metrics = self._running_metrics
             demonstration_loss = -per_token_logps if is_sft else per_token_loss
-            self._sum("demonstrations/loss", demonstration_loss, demonstration_mask)
-            self._sum("demonstrations/prob", per_token_logps.exp(), demonstration_mask)
-            self._sum("demonstrations/ratio", stats["coefficient"], demonstration_mask)
-            self._sum("demonstrations/fraction", demonstration_mask, mask)
-            self._sum("on_policy/loss", per_token_loss, rollout_mask)
+            metrics.add_tokens("demonstrations/loss", demonstration_loss, demonstration_mask)
+            metrics.add_tokens("demonstrations/prob", per_token_logps.exp(), demonstration_mask)
+            metrics.add_tokens("demonstrations/ratio", stats["coefficient"], demonstration_mask)
+            metrics.add_tokens("demonstrations/fraction", demonstration_mask, mask)
+            metrics.add_tokens("on_policy/loss", per_token_loss, rollout_mask)
         if self.beta != 0.0:
             per_token_loss = per_token_loss + self.beta * per_token_kl
 
@@ -772,42 +885,43 @@ class LuffyTrainer(GRPOTrainer):
             if self.args.sft_loss_combination == "interpolate":
                 loss = (1 - coefficient) * loss
             loss = loss + coefficient * sft_loss * normalizer
-        policy_loss = loss.detach() * (accumulation_steps / num_means if self.loss_type != "dapo" else 1.0)
+        policy_loss = loss.detach()
         loss = loss / normalizer
 
+        is_summed = "num_sequences" in inputs
         if self._entropy_bonus_enabled:  # demonstration tokens included, as in the released code
             entropy_loss = (entropies * mask).sum() / num_tokens / num_means
             loss = loss - self.entropy_coef * entropy_loss
-            self._metrics[mode]["policy_loss"].append(self.accelerator.gather(policy_loss).nanmean().item())
+            if is_summed:
+                self._running_metrics.add("policy_loss", policy_loss, mask.size(0) / num_sequences)
+            else:
+                self._metrics[mode]["policy_loss"].append(self.accelerator.gather(policy_loss).nanmean().item())
             if mode == "train" and self.accelerator.sync_gradients:
                 self._metrics[mode]["entropy_coef"].append(self.entropy_coef)
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * aux_loss / accumulation_steps
             self._metrics[mode]["aux_loss"].append(self.accelerator.gather_for_metrics(aux_loss).mean().item())
 
-        self._log_rollout_means(mode, rollout_means, stats, rollout_mask, mask, is_summed="num_sequences" in inputs)
-        return loss
-
-    def _sum(self, name: str, values: torch.Tensor, mask: torch.Tensor):
-        """Adds to the (sum, count) from which `log` makes the metric `name`."""
-        self._sums[name] = self._sums[name] + torch.stack([(values.detach() * mask).sum().float(), mask.sum().float()])
-
-    def _log_rollout_means(self, mode, means, stats, rollout_mask, mask, is_summed):
-        """
-        TRL's metrics of a micro-batch, over rollout tokens. Where micro-batches are unlike they are summed until they are
-        logged; else they are means, as in TRL, with one reduction and one gather for all of them.
-        """
-        low, high = stats["low_clipped"].float(), stats["high_clipped"].float()
-        means = {
-            **means,
-            "clip_ratio/low_mean": low,
-            "clip_ratio/high_mean": high,
+        rollout_means |= {
+            "clip_ratio/low_mean": stats["low_clipped"].float(),
+            "clip_ratio/high_mean": stats["high_clipped"].float(),
             "clip_ratio/region_mean": (stats["low_clipped"] | stats["high_clipped"]).float(),
         }
+        # NaN for a demonstration, and left out. Processes may hold different numbers of rows.
+        lows, highs = (
+            (stats[name] * rollout_mask).sum(-1) / rollout_mask.sum(-1) for name in ("low_clipped", "high_clipped")
+        )
+        extremes = torch.stack([nanmin(lows), nanmax(highs)])
         if is_summed:
-            for name, values in means.items():
-                self._sum(name, values, rollout_mask)
-            means = {}
+            for name, values in rollout_means.items():
+                self._running_metrics.add_tokens(name, values, rollout_mask)
+            self._running_metrics.add_clip_extremes(extremes)
+        else:
+            self._log_rollout_means(mode, rollout_means, extremes, rollout_mask, mask)
+        return loss
+
+    def _log_rollout_means(self, mode, means, clip_extremes, rollout_mask, mask):
+        """TRL's metrics of one of its micro-batches, over rollout tokens."""
         sums = [(values.detach() * rollout_mask).sum() for values in means.values()]
         counts = [rollout_mask.sum().float(), mask.sum().float()]
         *totals, num_rollout_tokens, num_tokens = self.accelerator.reduce(torch.stack([*sums, *counts]), "sum")
@@ -815,19 +929,14 @@ class LuffyTrainer(GRPOTrainer):
             return  # only demonstrations in this micro-batch, on any process
         for name, total in zip(means, totals, strict=True):
             self._metrics[mode][name].append((total / num_rollout_tokens.clamp(min=1.0)).item())
-        # NaN for a demonstration, and left out. Processes may hold different numbers of rows.
-        row_lows, row_highs = ((values * rollout_mask).sum(-1) / rollout_mask.sum(-1) for values in (low, high))
-        extremes = self.accelerator.gather(torch.stack([nanmin(row_lows), nanmax(row_highs)])).view(-1, 2)
+        extremes = self.accelerator.gather(clip_extremes).view(-1, 2)
         self._metrics[mode]["clip_ratio/low_min"].append(nanmin(extremes[:, 0]).item())
         self._metrics[mode]["clip_ratio/high_max"].append(nanmax(extremes[:, 1]).item())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:
-            totals = self.accelerator.reduce(torch.stack([self._sums[name] for name in _SUMMED_METRICS]), "sum")
-            for name, (total, count) in zip(_SUMMED_METRICS, totals.tolist(), strict=True):
-                if count > 0:
-                    self._metrics["train"][name].append(total / count)
-            self._sums.clear()
+            for name, value in self._running_metrics.collect(self.accelerator).items():
+                self._metrics["train"][name].append(value)
         super().log(logs, start_time)
 
     def _push_from_checkpoint(self, checkpoint_folder):

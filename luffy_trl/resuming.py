@@ -66,7 +66,7 @@ def save_generation(trainer: "LuffyTrainer", folder: Path):
         "geometry": _geometry(trainer),
         "buffered_inputs": trainer._buffered_inputs if _is_within_generation(trainer) else None,
         "metrics": dict(trainer._metrics["train"]),
-        "sums": dict(trainer._sums),
+        "running_metrics": trainer._running_metrics.state_dict(),
     }
     file = _generation_file(trainer, folder)
     torch.save(state, file.with_suffix(".partial"))
@@ -96,7 +96,7 @@ def load_generation(trainer: "LuffyTrainer", folder: Path):
     state = send_to_device(state, trainer.accelerator.device)
     trainer._buffered_inputs = state["buffered_inputs"]
     trainer._metrics["train"].update(state["metrics"])
-    trainer._sums.update(state["sums"])
+    trainer._running_metrics.load_state_dict(state["running_metrics"])
 
 
 def find_last_checkpoint(output_dir: str) -> str | None:

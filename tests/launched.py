@@ -37,7 +37,8 @@ def record_micro_batches(trainer):
     micro_batches, compute_loss = [], trainer._compute_loss
 
     def recording(model, inputs):
-        micro_batches.append({key: value.clone() for key, value in inputs.items() if value is not None})
+        batch = {key: value.clone() for key, value in inputs.items() if value is not None}
+        micro_batches.append({**batch, "step": trainer.state.global_step})
         return compute_loss(model, inputs)
 
     trainer._compute_loss = recording
@@ -68,9 +69,20 @@ def count(output_dir):
 
 
 def gradients(output_dir):
-    """Two updates for each generation, each of two micro-batches, for every loss type and both cuts."""
+    """Two updates for each generation, of eight sequences each, for every loss type and several cuts."""
+    cuts = {
+        "trl": {"length_aware_batching": False},
+        "by length": {},
+        "token budget": {"max_tokens_per_microbatch": 60},
+        "padding free": {"max_tokens_per_microbatch": 60, "padding_free": True},
+    }
     results = {}
-    for loss_type, is_length_aware in itertools.product(("dr_grpo", "grpo", "bnpo", "dapo"), (True, False)):
+    for loss_type, cut in [
+        *itertools.product(("dr_grpo", "grpo", "bnpo", "dapo"), ("trl", "by length")),
+        ("bnpo", "token budget"),
+        ("dapo", "token budget"),
+        ("grpo", "padding free"),
+    ]:
         recorder = Recorder()
         trainer = LuffyTrainer(
             str(output_dir / "model"),
@@ -78,7 +90,7 @@ def gradients(output_dir):
             tiny.make_args(
                 output_dir / "out",
                 loss_type=loss_type,
-                length_aware_batching=is_length_aware,
+                **cuts[cut],
                 gradient_accumulation_steps=2,
                 steps_per_generation=4,
                 max_steps=4,
@@ -91,7 +103,7 @@ def gradients(output_dir):
         )
         micro_batches = record_micro_batches(trainer)
         trainer.train()
-        results[loss_type, is_length_aware] = {
+        results[loss_type, cut] = {
             "weights": recorder.weights,
             "gradients": recorder.gradients,
             "micro_batches": micro_batches,
@@ -240,11 +252,13 @@ def canned(output_dir):
             completion_ids[i] += [rng.randrange(6, 90) for _ in range(rng.randrange(2, 15))]
 
     trainer._continue = answer
+    micro_batches = record_micro_batches(trainer)
     trainer.train()
     trainer.save_model(str(output_dir / "saved"))
     plugin = trainer.accelerator.state.deepspeed_plugin
     return {
         "generated": generated,
+        "passes": [sum(batch["step"] == step for batch in micro_batches) for step in range(3)],
         "engine": f"zero{plugin.zero_stage}" if plugin else "fsdp" if trainer.is_fsdp_enabled else "ddp",
         "log_history": trainer.state.log_history,
     }

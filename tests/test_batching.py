@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from luffy_trl.batching import plan_micro_batches, rebatch
+from luffy_trl.batching import deal, plan_micro_batches, resize, round_up, select
 
 
 def padded_tokens(plan, prompts, completions):
@@ -17,10 +17,10 @@ def padded_tokens(plan, prompts, completions):
 
 def test_a_long_sequence_stands_alone():
     # 1 of 100 and 7 of 10 tokens: 2 x 4 rows take 4 x 100 + 4 x 10 = 440, and 1 + 7 rows 100 + 70
-    plan = plan_micro_batches([0] * 8, [10, 10, 10, 100, 10, 10, 10, 10], 2, max_tokens=400)
+    plan = plan_micro_batches([0] * 8, [10, 10, 10, 100, 10, 10, 10, 10], 400, 2)
     assert plan[0] == [3] and sorted(plan[1]) == [0, 1, 2, 4, 5, 6, 7]
     # sixteen short ones would take 160 together
-    plan = plan_micro_batches([0] * 17, [100] + [10] * 16, 3, max_tokens=100)
+    plan = plan_micro_batches([0] * 17, [100] + [10] * 16, 100, 3)
     assert plan[0] == [0] and all(6 <= len(rows) <= 10 for rows in plan[1:])
 
 
@@ -32,7 +32,7 @@ def test_no_other_cut_of_the_sorted_sequences_is_better(seed):
     completions = [rng.choice([rng.randrange(1, 20), rng.randrange(40, 60)]) for _ in range(num_sequences)]
     rows = -(-num_sequences // num_micro_batches)
     limit = rows * (max(prompts) + max(completions))
-    plan = plan_micro_batches(prompts, completions, num_micro_batches, limit)
+    plan = plan_micro_batches(prompts, completions, limit, num_micro_batches)
     assert sorted(row for rows in plan for row in rows) == list(range(num_sequences))
     assert len(plan) == num_micro_batches and all(plan)
     tokens = padded_tokens(plan, prompts, completions)
@@ -52,8 +52,45 @@ def test_no_other_cut_of_the_sorted_sequences_is_better(seed):
     assert sum(tokens) == best
 
 
-def make_micro_batches():
-    """Two micro-batches of three sequences; each token, mask and value says where it belongs."""
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_a_token_budget_takes_the_fewest_micro_batches(seed, padding_free):
+    rng = random.Random(seed)
+    num_sequences, max_tokens, num_processes = rng.choice([6, 8]), rng.choice([40, 70]), rng.choice([1, 2])
+    prompts = [rng.randrange(1, 9) for _ in range(num_sequences)]
+    completions = [rng.randrange(1, 60) for _ in range(num_sequences)]
+
+    def tokens_of(plan):
+        if padding_free:
+            return [sum(prompts[row] + completions[row] for row in rows) for rows in plan]
+        return padded_tokens(plan, prompts, completions)
+
+    plan = plan_micro_batches(prompts, completions, max_tokens, None, num_processes, padding_free)
+    assert sorted(row for rows in plan for row in rows) == list(range(num_sequences)) and all(plan)
+    assert all(len(rows) == 1 or count <= max_tokens for rows, count in zip(plan, tokens_of(plan), strict=True))
+
+    order = sorted(range(num_sequences), key=lambda row: (-completions[row], -prompts[row]))
+    costs = {}
+    for number in range(1, num_sequences + 1):
+        for cuts in itertools.combinations(range(1, num_sequences), number - 1):
+            other = [order[a:b] for a, b in itertools.pairwise([0, *cuts, num_sequences])]
+            counts = tokens_of(other)
+            if all(len(rows) == 1 or count <= max_tokens for rows, count in zip(other, counts, strict=True)):
+                cost = sum(count**2 if padding_free else count for count in counts)
+                costs[number] = min(cost, costs.get(number, cost))
+    assert len(plan) == -(-min(costs) // num_processes) * num_processes
+    assert sum(count**2 if padding_free else count for count in tokens_of(plan)) == costs[len(plan)]
+
+
+def test_processes_have_as_much_to_do():
+    tokens = [90, 10, 50, 60, 40, 30]
+    shares = deal([[number] for number in range(6)], tokens, 2)
+    # 90 and 60; then 50 to the lesser and 40; then 30 to the lesser (60 + 50 = 110 < 90 + 40 = 130) and 10
+    assert shares == [[[0], [4], [1]], [[3], [2], [5]]]
+
+
+def make_batch():
+    """Six sequences; each token, mask and value says where it belongs."""
     prompts, completions = [2, 1, 4, 3, 1, 2], [3, 9, 1, 2, 0, 3]
     prompt_width, width = 5, 9  # wider than any prompt, as TRL's padding to a multiple may make it
     prompt_ids, prompt_mask = torch.zeros(6, prompt_width, dtype=torch.long), torch.zeros(6, prompt_width).long()
@@ -70,44 +107,32 @@ def make_micro_batches():
         "completion_mask": mask,
         "advantages": torch.arange(6.0),
         "old_per_token_logps": ids / 7,
-        "importance_sampling_ratio": torch.arange(6.0).unsqueeze(1),
         "num_items_in_batch": torch.tensor(18),
         "ref_per_token_logps": None,
     }
-    halves = [slice(0, 3), slice(3, 6)]
-    return [{k: v if v is None or v.dim() == 0 else v[half] for k, v in batch.items()} for half in halves], (
-        prompts,
-        completions,
-    )
+    return batch, prompts, completions
 
 
-def test_every_row_keeps_what_is_its_own():
-    micro_batches, (prompts, completions) = make_micro_batches()
-    result = rebatch(micro_batches)
-    assert len(result) == 2
-    seen = []
-    for batch in result:
-        rows = [int(advantage) for advantage in batch["advantages"]]
-        seen += rows
-        assert batch["prompt_ids"].size(1) == max(prompts[row] for row in rows)
-        assert batch["completion_ids"].size(1) == max(completions[row] for row in rows)
-        assert batch["importance_sampling_ratio"].tolist() == [[float(row)] for row in rows]
-        assert batch["num_items_in_batch"] == 18 and batch["ref_per_token_logps"] is None
-        for i, row in enumerate(rows):
-            ids = batch["prompt_ids"][i][batch["prompt_mask"][i].bool()]
-            assert ids.tolist() == [100 + 10 * row + j for j in range(prompts[row])]
-            is_real = batch["completion_mask"][i].bool()
-            expected = [10 * row + 1 + j for j in range(completions[row])]
-            assert batch["completion_ids"][i][is_real].tolist() == expected
-            torch.testing.assert_close(batch["old_per_token_logps"][i][is_real], torch.tensor(expected) / 7)
-    assert sorted(seen) == list(range(6))
-    assert [len(batch["advantages"]) for batch in result] == [1, 5]  # the longest by itself
+@pytest.mark.parametrize(("prompt", "completion"), [(4, 3), (5, 9), (7, 12)])
+def test_every_row_keeps_what_is_its_own(prompt, completion):
+    """Narrower, as wide and wider than before; the row of nine tokens is left out of what is narrower."""
+    batch, prompts, completions = make_batch()
+    rows = [5, 0, 2, 3, 4, *([1] if completion >= 9 else [])]
+    result = resize(select(batch, rows), prompt, completion)
+    assert result["prompt_ids"].shape == result["prompt_mask"].shape == (len(rows), prompt)
+    assert result["old_per_token_logps"].shape == result["completion_mask"].shape == (len(rows), completion)
+    assert result["advantages"].tolist() == rows
+    assert result["num_items_in_batch"] == 18 and result["ref_per_token_logps"] is None
+    for i, row in enumerate(rows):
+        ids = result["prompt_ids"][i][result["prompt_mask"][i].bool()]
+        assert ids.tolist() == [100 + 10 * row + j for j in range(prompts[row])]
+        is_real = result["completion_mask"][i].bool()
+        expected = [10 * row + 1 + j for j in range(completions[row])]
+        assert result["completion_ids"][i][is_real].tolist() == expected
+        torch.testing.assert_close(result["old_per_token_logps"][i][is_real], torch.tensor(expected) / 7)
 
 
 def test_widths_are_multiples():
-    micro_batches, _ = make_micro_batches()
-    for batch, (prompt, completion) in zip(
-        rebatch(micro_batches, pad_to_multiple_of=4), [(4, 9), (4, 4)], strict=True
-    ):
-        assert batch["prompt_ids"].size(1) == prompt  # of at most 5
-        assert batch["completion_ids"].size(1) == completion  # of at most 9
+    lengths = torch.tensor([[0, 3], [4, 5]])
+    assert round_up(lengths, 4).tolist() == [[4, 4], [4, 8]]
+    assert round_up(lengths, None).tolist() == [[1, 3], [4, 5]]

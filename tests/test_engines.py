@@ -60,6 +60,17 @@ def test_two_processes(tmp_path, alone, config):
     assert_same(ranks, tmp_path, alone, atol=2e-6 if config == "multi_gpu" else 2e-5)
 
 
+@pytest.mark.parametrize("config", ENGINES)
+def test_a_token_budget(tmp_path, alone, config):
+    """More passes than `gradient_accumulation_steps`: gradients are synchronised in the last one, and are the same."""
+    options = {"CANNED_OPTIONS": '{"max_tokens_per_microbatch": 20}'}
+    environ = environment(config, PER_DEVICE="2", **options)
+    ranks = tiny.launch("canned", tmp_path, 2, CONFIGS / f"{config}.yaml", environ)
+    assert [rank["engine"] for rank in ranks] == [ENGINES[config]] * 2
+    assert ranks[0]["passes"] == ranks[1]["passes"] and min(ranks[0]["passes"]) > 2
+    assert_same(ranks, tmp_path, alone, atol=2e-5)
+
+
 def test_lora_in_two_processes(tmp_path):
     folders = [tmp_path / "one", tmp_path / "two"]
     options = {"CANNED_OPTIONS": '{"lora": true}'}

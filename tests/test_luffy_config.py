@@ -84,6 +84,21 @@ def test_only_the_algorithms_defaults_differ_from_grpo():
             "`steps_per_generation` (3) is no multiple of `gradient_accumulation_steps` (2)",
         ),
         ({"num_demonstrations": 0, "ratio_clipping": "on_policy", "delta": 2.0}, "and `length_aware_batching=False`"),
+        (
+            {"length_aware_batching": False, "max_tokens_per_microbatch": 64},
+            "`max_tokens_per_microbatch=64` cuts the optimizer step anew, and `length_aware_batching=False`",
+        ),
+        ({"length_aware_batching": False, "padding_free": True}, "`padding_free=True` cuts the optimizer step anew"),
+        ({"max_tokens_per_microbatch": 0}, "`max_tokens_per_microbatch` must be positive, got 0"),
+        ({"cache_demonstration_ref_logps": True}, "there is no reference with `beta=0`. Remove it"),
+        (
+            {"cache_demonstration_ref_logps": True, "beta": 0.1, "sync_ref_model": True},
+            "and `sync_ref_model` changes them",
+        ),
+        (
+            {"cache_demonstration_ref_logps": True, "beta": 0.1, "length_aware_batching": False},
+            "`length_aware_batching=False` leaves to TRL. Remove one of them",
+        ),
         ({"num_demonstrations": "1"}, "`num_demonstrations` must be a whole number, got '1'"),
         ({"num_demonstrations": 1.5}, "`num_demonstrations` must be a whole number, got 1.5"),
         ({"policy_shaping_gamma": "0.1"}, "`policy_shaping_gamma` must be a number, got '0.1'"),

@@ -3,7 +3,6 @@
 """The trainer: that it is GRPO where it should be, and LUFFY, computed another way, where it should not."""
 
 import inspect
-import itertools
 import math
 
 import pandas as pd
@@ -226,7 +225,7 @@ def test_other_options_of_trl_are_bit_for_bit_too(model_path, tmp_path, options)
 
 
 def plain_gradient(
-    loss_type, is_length_aware, weights, first_weights, generation_weights, steps_of_ranks, model, generation_batches
+    loss_type, cut, weights, first_weights, generation_weights, steps_of_ranks, model, generation_batches
 ):
     """
     The gradient of one optimizer step, without batching, padding, processes or accumulation: each sequence on its own.
@@ -247,16 +246,14 @@ def plain_gradient(
     num_processes = len(steps_of_ranks)
     generation_tokens = sum(int(b["completion_mask"].sum()) for batches in generation_batches for b in batches)
     tokens_per_step = generation_tokens / 2  # two updates for each generation
-    tokens_of_rank = (
-        sum(int(b["completion_mask"].sum()) for batches in steps_of_ranks for b in batches) / num_processes
-    )
+    step_batches = [batch for batches in steps_of_ranks for batch in batches]
+    tokens_of_rank = sum(int(b["completion_mask"].sum()) for b in step_batches) / num_processes
+    num_rows = sum(len(b["prompt_ids"]) for b in step_batches) / num_processes
     total = {name: torch.zeros_like(value) for name, value in weights.items()}
     for micro_batches in steps_of_ranks:
         for batch in micro_batches:
             # TRL's means over the tokens of each micro-batch, or one over those of the optimizer step
-            num_rows = sum(len(b["prompt_ids"]) for b in micro_batches)
-            num_tokens = len(micro_batches) * int(batch["completion_mask"].sum())
-            num_tokens = tokens_of_rank if is_length_aware else num_tokens
+            num_tokens = len(micro_batches) * int(batch["completion_mask"].sum()) if cut == "trl" else tokens_of_rank
             for row in range(len(batch["prompt_ids"])):
                 prompt_ids = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()]
                 is_real = batch["completion_mask"][row].bool()
@@ -294,21 +291,25 @@ def plain_gradient(
 def test_gradients_of_mixed_batches_in_two_processes(tmp_path):
     ranks = tiny.launch("gradients", tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    for loss_type, is_length_aware in itertools.product(LOSS_TYPES, (True, False)):
-        results = [rank[loss_type, is_length_aware] for rank in ranks]
+    for loss_type, cut in ranks[0]:
+        results = [rank[loss_type, cut] for rank in ranks]
         weights = results[0]["weights"]
         assert len(weights) == 4
+
+        def of_steps(*steps):
+            return [[b for b in r["micro_batches"] if b["step"] in steps] for r in results]  # noqa: B023
+
         for step in range(4):
             generation = step // 2 * 2
             gradient = plain_gradient(
                 loss_type,
-                is_length_aware,
+                cut,
                 weights[step],
                 weights[0],
                 weights[generation],
-                [r["micro_batches"][2 * step : 2 * step + 2] for r in results],
+                of_steps(step),
                 model,
-                [r["micro_batches"][2 * generation : 2 * generation + 4] for r in results],
+                of_steps(generation, generation + 1),
             )
             # Both kinds of token, and demonstrations of both signs, are in what is compared.
             for name, value in results[0]["gradients"][step].items():
@@ -319,6 +320,135 @@ def test_gradients_of_mixed_batches_in_two_processes(tmp_path):
         assert rows.sum() * 4 == len(rows)
         advantages = torch.cat([batch["advantages"] for batch in batches])
         assert (advantages[rows] > 0.01).any() and (advantages[rows] < -0.01).any()
+
+        for first, second in zip(*(r["micro_batches"] for r in results), strict=True):  # as many on both processes
+            assert first["step"] == second["step"]
+        for step in range(4):
+            shares = of_steps(step)
+            lengths = [[(b["prompt_mask"].sum(1) + b["completion_mask"].sum(1)).tolist() for b in s] for s in shares]
+            assert sum(len(of_batch) for of_rank in lengths for of_batch in of_rank) == 16
+            if cut in ("trl", "by length"):
+                assert [len(of_rank) for of_rank in lengths] == [2, 2]
+                continue
+            for batch, of_batch in zip(sum(shares, []), sum(lengths, []), strict=True):
+                widths = batch["prompt_ids"].size(1) + batch["completion_ids"].size(1)
+                tokens = sum(of_batch) if cut == "padding free" else len(of_batch) * widths
+                assert tokens <= 60
+            assert len(shares[0]) > 2 and abs(sum(sum(lengths[0], [])) - sum(sum(lengths[1], []))) <= 40
+
+
+def test_a_micro_batch_by_length_waits_for_nothing(model_path, tmp_path, monkeypatch):
+    """No gather, no reduction and no number taken from a device between the updates' forward passes."""
+    trainer = LuffyTrainer(
+        model_path,
+        tiny.share_of_digits,
+        tiny.make_args(tmp_path, entropy_coef=0.01, beta=0.1, gradient_accumulation_steps=2),
+        Dataset.from_list(tiny.addition_rows(4)),
+    )
+    calls, compute_loss = [], trainer._compute_loss
+
+    def compute_counted_loss(model, inputs):
+        with monkeypatch.context() as patched:
+            patched.setattr(trainer.accelerator, "gather", lambda *args: calls.append("gather"))
+            patched.setattr(trainer.accelerator, "reduce", lambda *args: calls.append("reduce"))
+            patched.setattr(torch.Tensor, "item", lambda *args: calls.append("item"))
+            patched.setattr(torch.Tensor, "tolist", lambda *args: calls.append("tolist"))
+            loss = compute_loss(model, inputs)
+        calls.append("loss")
+        return loss
+
+    trainer._compute_loss = compute_counted_loss
+    trainer.train()
+    assert calls == ["loss", "loss"]
+    assert {"entropy", "kl", "policy_loss", "clip_ratio/low_min"} <= trainer.state.log_history[0].keys()
+
+
+def test_what_is_known_is_not_computed_again(model_path, tmp_path):
+    """Old log-probs are those of rollouts; a trace's reference log-probs and rewards are computed once."""
+    runs = {}
+    for is_cached in (False, True):
+        scored = []
+
+        def reward(completions, log_extra, **kwargs):
+            scored.extend(completions)  # noqa: B023
+            log_extra("length", [len(text) for text in completions])
+            return tiny.share_of_digits(completions)
+
+        trainer = LuffyTrainer(
+            model_path,
+            reward,
+            tiny.make_args(
+                tmp_path,
+                beta=0.3,
+                steps_per_generation=2,
+                num_demonstrations=2,
+                max_steps=8,
+                num_train_epochs=2,
+                shuffle_dataset=False,
+                cache_demonstration_rewards=is_cached,
+                cache_demonstration_ref_logps=is_cached,
+            ),
+            Dataset.from_list(tiny.addition_rows(4, lambda i: [f"A7{i}", f"B{i}{i}"])),
+        )
+        rows = {"policy": [], "reference": []}
+        for name, model in (("policy", trainer.model), ("reference", trainer.ref_model)):
+
+            def count(module, args, kwargs, rows=rows[name]):
+                if not torch.is_grad_enabled() and kwargs.get("fused_lm_head"):
+                    rows.append(len(kwargs["input_ids"]))
+
+            model.register_forward_pre_hook(count, with_kwargs=True)
+        trainer.train()
+        runs[is_cached] = rows, scored, trainer.state.log_history, list(trainer._logs["extra"]["length"])
+
+    # Four generations, two of each of the two groups of four, of which two rows are demonstrations
+    (rows, scored, log_history, _), (cached_rows, cached_scored, cached_log_history, lengths) = runs[False], runs[True]
+    assert rows == {"policy": [4] * 4, "reference": [4, 4] * 4}
+    assert cached_rows == {"policy": [4] * 4, "reference": [4, 4, 4, 4, 4, 4]}
+    assert len(scored) == 32 and len(cached_scored) == 24
+    traces = [text for i in range(4) for text in (f"A7{i}", f"B{i}{i}")]
+    assert [cached_scored.count(trace) for trace in traces] == [1] * 8
+    assert [scored.count(trace) for trace in traces] == [2] * 8
+    assert lengths[0] is None and lengths[2] is not None
+    for log, cached_log in zip(log_history, cached_log_history, strict=True):
+        for key in log.keys() - {"train_runtime", "train_samples_per_second", "train_steps_per_second", "step_time"}:
+            assert cached_log[key] == pytest.approx(log[key], rel=1e-5, abs=1e-7)
+
+
+def test_reference_log_probs_of_an_adapter(model_path, tmp_path):
+    """With LoRA policy and reference are one model: what is skipped for the one is computed for the other."""
+    from peft import LoraConfig
+
+    trainer = LuffyTrainer(
+        model_path,
+        tiny.share_of_digits,
+        tiny.make_args(tmp_path, beta=0.3, steps_per_generation=2, max_steps=4),
+        Dataset.from_list(tiny.addition_rows(4)),
+        peft_config=LoraConfig(target_modules=["q_proj", "v_proj"], r=4),
+    )
+    batches, compute_loss = [], trainer._compute_loss
+    trainer._compute_loss = lambda model, inputs: batches.append(inputs) or compute_loss(model, inputs)
+    trainer.train()
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    for batch in batches:
+        for row, mask in enumerate(batch["completion_mask"].bool()):
+            expected = row_logps(model, batch, row)
+            torch.testing.assert_close(batch["ref_per_token_logps"][row][mask], expected, atol=1e-5, rtol=1e-5)
+            if batch["demonstration_mask"][row].any():
+                assert (batch["old_per_token_logps"][row] == 0).all()
+            elif len(batches) == 4:
+                assert (batch["old_per_token_logps"][row][mask] < 0).all()
+
+
+def test_padding_free_passes_without_flash_attention_are_named(model_path, tmp_path, caplog):
+    with caplog.at_level("WARNING"):
+        LuffyTrainer(
+            model_path,
+            tiny.share_of_digits,
+            tiny.make_args(tmp_path, padding_free=True),
+            Dataset.from_list(tiny.addition_rows(4)),
+        )
+    assert "`padding_free=True` is made for flash attention, and the model has 'sdpa'" in caplog.text
 
 
 @pytest.mark.parametrize("baseline", ["group", "on_policy"])
@@ -1083,6 +1213,7 @@ def test_the_arguments_are_those_of_grpo_trainer():
             "_generate_single_turn",
             ["self", "prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"],
         ),
+        ("training_step", ["self", "model", "inputs", "num_items_in_batch"]),
         ("_prepare_inputs", ["self", "generation_batch"]),
         ("train", ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"]),
         ("_get_train_sampler", ["self", "dataset"]),
