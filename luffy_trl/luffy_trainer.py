@@ -187,6 +187,12 @@ class LuffyTrainer(GRPOTrainer):
                 chat_template_kwargs=args.chat_template_kwargs,
             )
 
+        # Rows are loaded anew for each micro-batch, and traces are needed once for each generation.
+        self._traces: Dataset | None = None
+        if args.num_demonstrations > 0 and isinstance(train_dataset, Dataset):
+            self._traces = train_dataset.select_columns(list(DEMONSTRATION_COLUMNS))
+            train_dataset = train_dataset.remove_columns(list(DEMONSTRATION_COLUMNS.keys() - {"demonstration_row"}))
+
         super().__init__(
             model=model,
             reward_funcs=reward_funcs,
@@ -516,7 +522,11 @@ class LuffyTrainer(GRPOTrainer):
     def _choose_demonstrations(self, inputs: list[dict[str, Any]]) -> list[Demonstration | None]:
         """Decides for each row of the generation batch whether, and what, it shows of a trace."""
         demonstrations, num_dropped = [], 0
+        traces = {row["demonstration_row"]: row for row in inputs}
+        if self._traces is not None:
+            traces = {number: self._traces[number] for number in traces}
         for i, row in enumerate(inputs):
+            row = traces[row["demonstration_row"]]
             slot = (self._local_rows.start + i) % self.num_generations
             chosen = choose_demonstrations(row, self.args, self.state.global_step)
             demonstrations.append(chosen[slot] if slot < len(chosen) else None)

@@ -113,6 +113,27 @@ def test_a_row_without_traces_trains_on_rollouts(model_path, tmp_path):
     assert table[table.prompt == "1+1="].source.tolist() == ["rollout"] * 4
 
 
+def test_traces_are_loaded_once_for_each_generation(model_path, tmp_path):
+    """The dataloader loads the rows of a generation batch anew for each micro-batch: without the tokens."""
+    trainer = LuffyTrainer(
+        model_path,
+        tiny.share_of_digits,
+        tiny.make_args(tmp_path, gradient_accumulation_steps=4, max_steps=2),
+        Dataset.from_list(tiny.addition_rows(16)),
+    )
+    loaded, traces = [], trainer._traces
+
+    class Counted:
+        def __getitem__(self, number):
+            loaded.append(number)
+            return traces[number]
+
+    trainer._traces = Counted()
+    assert not {"demonstration_ids", "demonstration_logps"} & set(trainer.train_dataset.column_names)
+    trainer.train()
+    assert len(loaded) == len(set(loaded)) == 8  # two generations of four groups
+
+
 def test_the_choice_of_traces_depends_on_seed_step_and_row(model_path, tmp_path):
     def shown(seed):
         trainer = LuffyTrainer(
@@ -1151,7 +1172,7 @@ def test_the_end_of_turn_without_a_generation_config(tmp_path):
     rows = [{"prompt": [{"role": "user", "content": "1"}], "demonstrations": ["2"]}]
     trainer = LuffyTrainer(path, tiny.share_of_digits, tiny.make_args(tmp_path / "out"), Dataset.from_list(rows))
     end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert trainer.train_dataset[0]["demonstration_ids"][0][-1] == end_of_turn
+    assert trainer._traces[0]["demonstration_ids"][0][-1] == end_of_turn
     assert trainer.eos_token_ids == [tokenizer.eos_token_id, end_of_turn]
 
 
