@@ -1,0 +1,141 @@
+# Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
+
+"""
+Supervised fine-tuning on the traces of a dataset: a baseline for LUFFY, and the first half of SFT then RL.
+
+    luffy sft --accelerate_config zero3 --config sft --learning_rate 1e-5
+
+It is TRL's SFTTrainer on the same rows, rendered and tokenized by the same code as LUFFY's demonstrations: each trace
+follows its prompt as the policy would have sampled it, ends in one end-of-sequence token, and only it has a loss.
+"""
+
+import json
+from dataclasses import dataclass, field
+
+from transformers import AutoTokenizer
+from trl import (
+    ModelConfig,
+    ScriptArguments,
+    SFTConfig,
+    SFTTrainer,
+    TrlParser,
+    get_peft_config,
+    get_quantization_config,
+)
+
+from ..data import load_data, without_long_prompts
+from ..demonstrations import (
+    find_eos_token_ids,
+    load_generation_config,
+    to_supervised,
+    tokenize_demonstrations,
+)
+
+
+@dataclass
+class SFTScriptArguments(ScriptArguments):
+    """
+    Arguments of the script, beside those of [`~trl.SFTConfig`] and [`~trl.ModelConfig`]; as in `train.py`.
+
+    Args:
+        dataset_name (`str`):
+            Training data: a dataset on the Hub, a local folder or a file, with `prompt` and `demonstrations` (or
+            `completion`).
+        max_prompt_length (`int`, *optional*, defaults to `1024`):
+            Rows whose prompt has more tokens are left out.
+        max_completion_length (`int`, *optional*, defaults to `8192`):
+            Most tokens of a trace.
+        demonstration_overflow (`str`, *optional*, defaults to `"drop"`):
+            What happens to a longer trace: `"drop"`, `"truncate"` (no end-of-sequence token is appended) or `"error"`.
+        chat_template_kwargs (`dict`, *optional*):
+            Passed to the chat template, as by [`LuffyConfig`].
+    """
+
+    max_prompt_length: int = field(default=1024, metadata={"help": "Rows whose prompt has more tokens are left out."})
+    max_completion_length: int = field(default=8192, metadata={"help": "Most tokens of a trace."})
+    demonstration_overflow: str = field(
+        default="drop", metadata={"help": "What happens to a longer trace: 'drop', 'truncate' or 'error'."}
+    )
+    chat_template_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Passed to the chat template, as by LuffyConfig."}
+    )
+
+    def __post_init__(self):
+        if isinstance(self.chat_template_kwargs, str):  # from the command line
+            self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
+
+
+@dataclass
+class TraceSFTConfig(SFTConfig):
+    """[`~trl.SFTConfig`] without a `max_length`: its 1024 would cut a trace, and with it the token that ends it."""
+
+    max_length: int | None = field(
+        default=None, metadata={"help": "Not used: max_prompt_length and max_completion_length bound a row."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.max_length is not None:
+            raise ValueError(
+                f"`max_length={self.max_length}` would cut traces before their end. Set `max_prompt_length` and "
+                "`max_completion_length` instead: what is longer is left out and counted."
+            )
+
+
+def main(script_args: SFTScriptArguments, training_args: TraceSFTConfig, model_args: ModelConfig):
+    if script_args.dataset_name is None:
+        raise ValueError("`dataset_name` is required: a dataset on the Hub, a local folder or a file.")
+    load_options = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+    }
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, **load_options)
+    eos_token_ids = find_eos_token_ids(
+        tokenizer, load_generation_config(model_args.model_name_or_path, **load_options)
+    )
+
+    def load(split):
+        dataset = load_data(script_args.dataset_name, split, script_args.dataset_config, script_args.dataset_streaming)
+        dataset = without_long_prompts(
+            dataset, tokenizer, script_args.max_prompt_length, script_args.chat_template_kwargs
+        )
+        dataset = tokenize_demonstrations(
+            dataset,
+            tokenizer,
+            eos_token_ids,
+            max_length=script_args.max_completion_length,
+            overflow=script_args.demonstration_overflow,
+            chat_template_kwargs=script_args.chat_template_kwargs,
+        )
+        return to_supervised(dataset, tokenizer, script_args.chat_template_kwargs)
+
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    trainer = SFTTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=load(script_args.dataset_train_split),
+        eval_dataset=load(script_args.dataset_test_split) if training_args.eval_strategy != "no" else None,
+        processing_class=tokenizer,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    resume = training_args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    trainer.save_model(training_args.output_dir)
+    trainer.save_state()
+    trainer.accelerator.print(f"The model is in {training_args.output_dir}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+
+
+def make_parser(**kwargs) -> TrlParser:
+    return TrlParser((SFTScriptArguments, TraceSFTConfig, ModelConfig), **kwargs)
+
+
+if __name__ == "__main__":
+    main(*make_parser(prog="luffy sft").parse_args_and_config())

@@ -1,0 +1,178 @@
+# Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
+
+"""
+Train a model with LUFFY, or with plain GRPO, from a YAML recipe and command-line flags:
+
+    luffy train --accelerate_config zero3 --config qwen2.5_math_7b --learning_rate 2e-6
+
+What differs from TRL's `trl grpo`: a dataset may be a single file; rows with long prompts are left out, and counted;
+there may be several evaluation sets; and an argument that nobody knows is an error.
+"""
+
+import functools
+import importlib
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import AutoTokenizer
+from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+from trl.rewards import accuracy_reward, reasoning_accuracy_reward, think_format_reward
+
+from ..data import load_data, without_long_prompts
+from ..luffy_config import LuffyConfig
+from ..luffy_trainer import LuffyTrainer
+from ..rewards import math_verify_reward
+
+
+REWARD_FUNCS = {
+    "math_verify_reward": math_verify_reward,
+    "accuracy_reward": accuracy_reward,
+    "reasoning_accuracy_reward": reasoning_accuracy_reward,
+    "think_format_reward": think_format_reward,
+}
+
+
+@dataclass
+class LuffyScriptArguments(ScriptArguments):
+    """
+    Arguments of the script, beside those of [`LuffyConfig`] and [`~trl.ModelConfig`].
+
+    Args:
+        dataset_name (`str`):
+            Training data: a dataset on the Hub, a local folder, or a `.jsonl`, `.json`, `.parquet` or `.csv` file. It
+            needs the columns `prompt` and `demonstrations` (or `completion`), and what the reward reads.
+        eval_dataset_names (`list[str]`, *optional*):
+            Data to evaluate on, likewise. As in TRL, each gets a record of its own in the log, with its `eval_reward`
+            and, from the name of the file `data/held_out.jsonl`, its `eval_held_out_loss`. Without it,
+            `eval_strategy` evaluates on `dataset_test_split` of `dataset_name`.
+        max_prompt_length (`int`, *optional*, defaults to `1024`):
+            Rows whose prompt has more tokens are left out.
+        reward_funcs (`list[str]`, *optional*, defaults to `["math_verify_reward"]`):
+            Reward functions: `math_verify_reward`, TRL's `accuracy_reward`, `reasoning_accuracy_reward` and
+            `think_format_reward`, or the dotted path of your own, such as `my_rewards.exact_match`.
+        require_think (`bool`, *optional*, defaults to `False`):
+            The `require_think` of `math_verify_reward`: an answer counts only behind `</think>`.
+        reward_model_name_or_path (`str`, *optional*):
+            A reward model to add to the reward functions.
+    """
+
+    eval_dataset_names: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Data to evaluate on: Hub names, folders or files. Each gets a record of its own in the log. "
+            "Without it, eval_strategy evaluates on dataset_test_split of dataset_name."
+        },
+    )
+    max_prompt_length: int | None = field(
+        default=1024, metadata={"help": "Rows whose prompt has more tokens are left out."}
+    )
+    reward_funcs: list[str] = field(
+        default_factory=lambda: ["math_verify_reward"],
+        metadata={
+            "help": "Reward functions: math_verify_reward, accuracy_reward, reasoning_accuracy_reward, "
+            "think_format_reward, or the dotted path of your own, such as my_rewards.exact_match."
+        },
+    )
+    require_think: bool = field(
+        default=False,
+        metadata={"help": "The require_think of math_verify_reward: an answer counts only behind </think>."},
+    )
+    reward_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "A reward model to add to the reward functions."}
+    )
+
+
+def get_reward_funcs(args: LuffyScriptArguments) -> list:
+    reward_funcs = []
+    for name in args.reward_funcs:
+        if name in REWARD_FUNCS:
+            reward_func = REWARD_FUNCS[name]
+        elif "." in name:
+            module, _, attribute = name.rpartition(".")
+            sys.path.insert(0, os.getcwd())
+            reward_func = getattr(importlib.import_module(module), attribute)
+        else:
+            raise ValueError(
+                f"Unknown reward function {name!r}. Choose from {', '.join(REWARD_FUNCS)}, or give the dotted path of "
+                "a function, such as my_rewards.exact_match."
+            )
+        if reward_func is math_verify_reward and args.require_think:
+            reward_func = functools.partial(math_verify_reward, require_think=True)
+        reward_funcs.append(reward_func)
+    if args.require_think and "math_verify_reward" not in args.reward_funcs:
+        raise ValueError("`require_think` is an option of `math_verify_reward`, which is not in `reward_funcs`.")
+    if args.reward_model_name_or_path:
+        reward_funcs.append(args.reward_model_name_or_path)
+    return reward_funcs
+
+
+def main(script_args: LuffyScriptArguments, training_args: LuffyConfig, model_args: ModelConfig):
+    if script_args.dataset_name is None:
+        raise ValueError("`dataset_name` is required: a dataset on the Hub, a local folder or a file.")
+    reward_funcs = get_reward_funcs(script_args)
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        trust_remote_code=training_args.trust_remote_code,
+        truncation_side="left",
+        padding_side="left",
+    )
+
+    def load(name, split):
+        dataset = load_data(name, split, script_args.dataset_config, script_args.dataset_streaming)
+        if script_args.max_prompt_length is not None:
+            dataset = without_long_prompts(
+                dataset, tokenizer, script_args.max_prompt_length, training_args.chat_template_kwargs
+            )
+        return dataset
+
+    train_dataset = load(script_args.dataset_name, script_args.dataset_train_split)
+    eval_dataset = None
+    if training_args.eval_strategy != "no":
+        if script_args.eval_dataset_names:
+            eval_dataset = {
+                Path(name).stem: load(name, script_args.dataset_test_split) for name in script_args.eval_dataset_names
+            }
+        else:
+            eval_dataset = load(script_args.dataset_name, script_args.dataset_test_split)
+
+    trainer = LuffyTrainer(
+        model=model_args.model_name_or_path,
+        reward_funcs=reward_funcs,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    resume = training_args.resume_from_checkpoint
+    # "true" takes the last checkpoint in `output_dir`
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+
+    trainer.save_model(training_args.output_dir)
+    trainer.save_state()
+    # A local folder or file means nothing to the readers of a model card
+    hub_dataset = None if Path(script_args.dataset_name).exists() else script_args.dataset_name
+    trainer.create_model_card(dataset_name=hub_dataset)
+    trainer.accelerator.print(f"The model is in {training_args.output_dir}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=hub_dataset)
+        trainer.accelerator.print(f"It is also at https://huggingface.co/{trainer.hub_model_id}.")
+    trainer.end()
+
+
+def make_parser(**kwargs) -> TrlParser:
+    return TrlParser((LuffyScriptArguments, LuffyConfig, ModelConfig), **kwargs)
+
+
+if __name__ == "__main__":
+    main(*make_parser(prog="luffy train").parse_args_and_config())
