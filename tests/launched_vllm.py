@@ -92,6 +92,7 @@ def main():
     trainer.train(resume_from_checkpoint=resume)
     result = {"rows": rows, "ratios": ratios, "tokens": generated_tokens, "log_history": trainer.state.log_history}
     torch.save(result, FOLDER / f"served_{os.environ.get('RANK', 0)}.pt")
+    trainer.accelerator.end_training()  # or gloo's threads may abort the process at its end
 
 
 if __name__ == "__main__":
