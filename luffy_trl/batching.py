@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch.nn.functional import pad
 
 
@@ -103,20 +104,20 @@ def plan_micro_batches(
     return micro_batches[::-1]
 
 
-def deal(micro_batches: list[list[int]], tokens: list[int], num_processes: int) -> list[list[list[int]]]:
+def deal(micro_batches: list, tokens: list[int], num_processes: int) -> list[list]:
     """
     Deals micro-batches to processes, so that all have as many, much alike in each round and in sum.
 
     Args:
-        micro_batches (`list[list[int]]`):
-            Numbers of the sequences of each micro-batch; as many as a multiple of the processes.
+        micro_batches (`list`):
+            The micro-batches, as many as a multiple of the processes.
         tokens (`list[int]`):
             Tokens of each.
         num_processes (`int`):
             Number of processes.
 
     Returns:
-        `list[list[list[int]]]`: The micro-batches of each process, in the order in which it takes them.
+        `list[list]`: The micro-batches of each process, in the order in which it takes them.
     """
     order = sorted(range(len(micro_batches)), key=lambda number: -tokens[number])
     shares, totals = [[] for _ in range(num_processes)], [0] * num_processes
@@ -150,7 +151,7 @@ def resize(batch: dict[str, torch.Tensor | None], prompt: int, completion: int) 
     def resized(key: str, value: torch.Tensor | None) -> torch.Tensor | None:
         if key in ("prompt_ids", "prompt_mask"):
             return pad(value, (prompt - value.size(1), 0))
-        if value is not None and value.dim() > 1 and value.size(1) == width and key != "importance_sampling_ratio":
+        if value is not None and value.dim() > 1 and value.size(1) == width:
             return pad(value, (0, completion - width))
         return value
 
@@ -171,6 +172,69 @@ def select(batch: dict[str, torch.Tensor | None], rows: list[int]) -> dict[str, 
         `dict[str, torch.Tensor | None]`: The batch of these sequences.
     """
     return {key: value if value is None or value.dim() == 0 else value[rows] for key, value in batch.items()}
+
+
+def rebatch(
+    micro_batches: list[dict[str, torch.Tensor | None]],
+    accelerator: Accelerator,
+    max_tokens: int | None = None,
+    padding_free: bool = False,
+    pad_to_multiple_of: int | None = None,
+) -> list[dict[str, torch.Tensor | None]]:
+    """
+    Cuts the sequences of an optimizer step anew, those of all processes together.
+
+    Args:
+        micro_batches (`list[dict[str, torch.Tensor | None]]`):
+            Those of this process, as TRL makes them: of equally many rows and equal widths.
+        accelerator ([`~accelerate.Accelerator`]):
+            Of the trainer. All processes must call this together.
+        max_tokens (`int`, *optional*):
+            Most tokens of a micro-batch. If `None`, as many micro-batches as before, and none larger.
+        padding_free (`bool`, *optional*, defaults to `False`):
+            Whether the forward pass leaves padding out.
+        pad_to_multiple_of (`int`, *optional*):
+            Widths are multiples of it.
+
+    Returns:
+        `list[dict[str, torch.Tensor | None]]`: Micro-batches for this process, as many as every other has. Each also
+        has `num_sequences` and `num_tokens` of the optimizer step, as the mean over processes, whose gradients are
+        averaged.
+    """
+    num_processes = accelerator.num_processes
+    batch = {
+        key: value if value is None or value.dim() == 0 else torch.cat([part[key] for part in micro_batches])
+        for key, value in micro_batches[0].items()
+    }
+    if batch.get("importance_sampling_ratio") is not None:  # one for each token, or for each sequence
+        batch["importance_sampling_ratio"] = batch["importance_sampling_ratio"].expand_as(batch["completion_ids"])
+    num_sequences = len(batch["prompt_ids"])
+    lengths = torch.stack([batch["prompt_mask"].sum(1), batch["completion_mask"].sum(1)], dim=1)
+    lengths = accelerator.gather(lengths)
+    num_tokens = lengths[:, 1].sum() / num_processes
+    lengths = round_up(lengths, pad_to_multiple_of).cpu()
+    if num_processes > 1:
+        batch = resize(batch, *lengths.amax(0).tolist())
+        batch = {
+            key: value if value is None or value.dim() == 0 else accelerator.gather(value)
+            for key, value in batch.items()
+        }
+
+    prompts, completions = lengths.T.tolist()
+    if max_tokens is None:
+        most_rows = num_sequences // len(micro_batches)
+        limits = most_rows * int(lengths.amax(0).sum()), len(micro_batches) * num_processes
+    else:
+        limits = max_tokens, None
+    plan = plan_micro_batches(prompts, completions, *limits, num_processes, padding_free)
+    widths = [lengths[rows].amax(0).tolist() for rows in plan]
+    if padding_free:
+        tokens = [int(lengths[rows].sum()) for rows in plan]
+    else:
+        tokens = [len(rows) * sum(width) for rows, width in zip(plan, widths, strict=True)]
+    own = deal(list(zip(plan, widths, strict=True)), tokens, num_processes)[accelerator.process_index]
+    counts = {"num_sequences": torch.tensor(num_sequences), "num_tokens": num_tokens}
+    return [{**resize(select(batch, rows), *width), **counts} for rows, width in own]
 
 
 def without_padding(model: Callable) -> Callable:

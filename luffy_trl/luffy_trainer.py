@@ -49,7 +49,7 @@ from trl.trainer import grpo_trainer
 from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
 from trl.trainer.utils import get_config_model_id, nanmax, nanmin, nanstd
 
-from .batching import deal, plan_micro_batches, resize, round_up, select, without_padding
+from .batching import plan_micro_batches, rebatch, round_up, without_padding
 from .demonstrations import (
     DEMONSTRATION_COLUMNS,
     Demonstration,
@@ -365,63 +365,21 @@ class LuffyTrainer(GRPOTrainer):
         if not self.model.training or not self.args.length_aware_batching:
             return inputs
         if self._buffered_inputs is not buffered_inputs:  # just generated
-            self._buffered_inputs = self._rebatch(self._buffered_inputs)
+            num_calls, max_tokens = self.args.gradient_accumulation_steps, self.args.max_tokens_per_microbatch
+            buffered_inputs, self._buffered_inputs = self._buffered_inputs, []
+            for start in range(0, len(buffered_inputs), num_calls):
+                micro_batches = rebatch(
+                    buffered_inputs[start : start + num_calls],
+                    self.accelerator,
+                    max_tokens,
+                    self.args.padding_free,
+                    self.pad_to_multiple_of,
+                )
+                # One for each call of `training_step`; under a token budget, all for the last one
+                self._buffered_inputs += (
+                    micro_batches if max_tokens is None else [[] for _ in range(num_calls - 1)] + [micro_batches]
+                )
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
-
-    def _rebatch(self, buffered_inputs: list[dict[str, torch.Tensor | None]]) -> list[Any]:
-        """
-        Cuts the sequences of each optimizer step anew, those of all processes together.
-
-        Returns a micro-batch for each call of `training_step`; or, under a token budget, lists of them.
-        """
-        num_calls, num_processes = self.args.gradient_accumulation_steps, self.accelerator.num_processes
-        max_tokens = self.args.max_tokens_per_microbatch
-        rebatched = []
-        for start in range(0, len(buffered_inputs), num_calls):
-            parts = buffered_inputs[start : start + num_calls]
-            batch = {
-                key: value if value is None or value.dim() == 0 else torch.cat([part[key] for part in parts])
-                for key, value in parts[0].items()
-            }
-            if (ratio := batch.get("importance_sampling_ratio")) is not None:
-                batch["importance_sampling_ratio"] = ratio.expand_as(
-                    batch["completion_ids"]
-                )  # one per sequence, or token
-            num_sequences = len(batch["prompt_ids"])
-            lengths = torch.stack([batch["prompt_mask"].sum(1), batch["completion_mask"].sum(1)], dim=1)
-            lengths = self.accelerator.gather(lengths)
-            num_tokens = lengths[:, 1].sum() / num_processes
-            lengths = round_up(lengths, self.pad_to_multiple_of).cpu()
-            if num_processes > 1:
-                batch = resize(batch, *lengths.amax(0).tolist())
-                batch = {
-                    key: value if value is None or value.dim() == 0 else self.accelerator.gather(value)
-                    for key, value in batch.items()
-                }
-            prompts, completions = lengths.T.tolist()
-            if max_tokens is None:  # as many as TRL's, and none larger
-                rows_per_batch = num_sequences // num_calls
-                limits = rows_per_batch * int(lengths.amax(0).sum()), num_calls * num_processes
-            else:
-                limits = max_tokens, None
-            plan = plan_micro_batches(prompts, completions, *limits, num_processes, self.args.padding_free)
-            tokens = [sum(prompts[row] + completions[row] for row in rows) for rows in plan]
-            if not self.args.padding_free:
-                widths = [lengths[rows].amax(0).sum().item() for rows in plan]
-                tokens = [len(rows) * width for rows, width in zip(plan, widths, strict=True)]
-            own = deal(plan, tokens, num_processes)[self.accelerator.process_index]
-            micro_batches = [
-                {
-                    **resize(select(batch, rows), *lengths[rows].amax(0).tolist()),
-                    # What losses are divided by: the optimizer step's, as the mean over processes, whose gradients are
-                    # averaged
-                    "num_sequences": torch.tensor(num_sequences),
-                    "num_tokens": num_tokens,
-                }
-                for rows in own
-            ]
-            rebatched += micro_batches if max_tokens is None else [[] for _ in range(num_calls - 1)] + [micro_batches]
-        return rebatched
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, *args, **kwargs
