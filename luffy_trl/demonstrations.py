@@ -81,31 +81,14 @@ class DemonstrationTokenizer:
         Raises:
             ValueError: If a trace cannot be used; the message names the row and the field.
         """
-        places, prompt_texts, trace_texts, end_ids = [], [], [], []
-        for position, (index, prompt) in enumerate(zip(indices, rows["prompt"], strict=True)):
-            if not prompt or not (isinstance(prompt, str) or is_conversational({"prompt": prompt})):
-                raise ValueError(
-                    f"row {index}: `prompt` must be a string or a list of chat messages, got {str(prompt)[:100]!r}. "
-                    "Mend the row, or drop it."
-                )
-            for number, (trace, name) in enumerate(self._traces(rows[self.field_name][position], f"row {index}")):
-                prompt_text, trace_text, end_id = self._render(prompt, trace, name)
-                places.append((position, number, name))
-                prompt_texts.append(prompt_text)
-                trace_texts.append(trace_text)
-                end_ids.append(end_id)
-
         has_logprobs = "demonstration_logprobs" in rows
         demonstration_ids = [[] for _ in indices]
         demonstration_logps = [[] for _ in indices]
         dropped = [0] * len(indices)
-        is_chat = bool(rows["prompt"]) and is_conversational({"prompt": rows["prompt"][0]})
-        all_ids = self._tokenize(prompt_texts, trace_texts, add_special_tokens=not is_chat)
-        for (position, number, name), ids, end_id in zip(places, all_ids, end_ids, strict=True):
-            ids = self._end_once(ids, end_id, name)
+        for position, number, name, ids in self.tokenize(rows, indices):
             logps = None
             if has_logprobs:
-                logps = self._logprobs(rows["demonstration_logprobs"][position], number, len(ids), name)
+                logps = self.check_logprobs(rows["demonstration_logprobs"][position], number, len(ids), name)
             if len(ids) > self.max_length:
                 if self.overflow == "error":
                     raise ValueError(
@@ -128,6 +111,39 @@ class DemonstrationTokenizer:
             "demonstration_row": indices,
         }
 
+    def tokenize(self, rows: dict[str, list], indices: list[int]) -> list[tuple[int, int, str, list[int]]]:
+        """
+        The token ids of every trace of a batch, whole, however long.
+
+        Args:
+            rows (`dict[str, list]`):
+                Columns of the batch, with `prompt` and `field_name` among them.
+            indices (`list[int]`):
+                Numbers of the rows in the dataset.
+
+        Returns:
+            `list[tuple[int, int, str, list[int]]]`: For each trace the position of its row in the batch, its number in
+            the row, a name for messages, and its token ids.
+
+        Raises:
+            ValueError: If a trace cannot be used; the message names the row and the field.
+        """
+        places, prompt_texts, trace_texts, end_ids = [], [], [], []
+        for position, (index, prompt) in enumerate(zip(indices, rows["prompt"], strict=True)):
+            check_prompt(prompt, index)
+            for number, (trace, name) in enumerate(self._traces(rows[self.field_name][position], f"row {index}")):
+                prompt_text, trace_text, end_id = self._render(prompt, trace, name)
+                places.append((position, number, name))
+                prompt_texts.append(prompt_text)
+                trace_texts.append(trace_text)
+                end_ids.append(end_id)
+        is_chat = bool(rows["prompt"]) and is_conversational({"prompt": rows["prompt"][0]})
+        all_ids = self._tokenize(prompt_texts, trace_texts, add_special_tokens=not is_chat)
+        return [
+            (*place, self._end_once(ids, end_id, place[-1]))
+            for place, ids, end_id in zip(places, all_ids, end_ids, strict=True)
+        ]
+
     def _traces(self, value: Any, row: str) -> list[tuple[str | list[dict], str]]:
         """The traces of one row, each with a name for error messages."""
         if value is None:
@@ -143,8 +159,8 @@ class DemonstrationTokenizer:
             )
         return traces
 
-    def _logprobs(self, value: Any, number: int, length: int, name: str) -> list[float]:
-        """The log-probabilities of one trace, checked against its tokens."""
+    def check_logprobs(self, value: Any, number: int, length: int, name: str) -> list[float]:
+        """The log-probabilities of trace `number` of a row, checked against its `length` in tokens."""
         if isinstance(value, list) and self.field_name == "demonstrations" and number < len(value):
             value = value[number]
         if not isinstance(value, list) or not all(isinstance(logp, float | int) for logp in value):
@@ -254,6 +270,15 @@ class DemonstrationTokenizer:
                 "policy would have stopped. Remove the token, or what follows it."
             )
         return ids[: end + 1]
+
+
+def check_prompt(prompt: Any, index: int):
+    """Raises a `ValueError` that names the row, if a prompt is neither a text nor chat messages."""
+    if not prompt or not (isinstance(prompt, str) or is_conversational({"prompt": prompt})):
+        raise ValueError(
+            f"row {index}: `prompt` must be a string or a list of chat messages, got {str(prompt)[:100]!r}. Mend the "
+            "row, or drop it."
+        )
 
 
 def without_doubled_think(prompt_text: str, trace: str) -> str:
