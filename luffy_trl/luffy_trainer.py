@@ -60,7 +60,7 @@ from .demonstrations import (
 )
 from .losses import Shaping, group_advantages, importance_ratio, mixed_policy_loss, sft_coefficient
 from .luffy_config import LuffyConfig
-from .metrics import RunningMetrics, describe_groups, describe_lengths
+from .metrics import RunningMetrics, describe_groups, describe_lengths, describe_sampling
 from .model_card import save_model_card
 from .resuming import ResumableRepeatSampler, find_last_checkpoint, load_generation, save_generation
 
@@ -552,21 +552,8 @@ class LuffyTrainer(GRPOTrainer):
             metrics["frac_reward_zero_std"][-1] = torch.isclose(std, torch.zeros_like(std)).float().mean().item()
 
         if "importance_sampling_ratio" in output:
-            is_rollout = output["completion_mask"].bool() & ~output["demonstration_mask"]
-            delta = torch.abs(output["old_per_token_logps"] - output["sampling_per_token_logps"])
-            delta = delta[is_rollout & ~delta.isnan()]
-            total, count = self.accelerator.reduce(torch.stack([delta.sum(), delta.new_tensor(delta.numel())]), "sum")
-            metrics["sampling/sampling_logp_difference/mean"][-1] = (total / count.clamp(min=1)).item()
-
-            ratio = output["importance_sampling_ratio"]
-            ratio = ratio[is_rollout.any(dim=1)].flatten() if ratio.size(1) == 1 else ratio[is_rollout]
-            total, count = self.accelerator.reduce(torch.stack([ratio.sum(), ratio.new_tensor(ratio.numel())]), "sum")
-            metrics["sampling/importance_sampling_ratio/mean"][-1] = (total / count.clamp(min=1)).item()
-            nan = torch.tensor(torch.nan, device=ratio.device)
-            lowest = self.accelerator.gather(ratio.min() if ratio.numel() else nan)
-            highest = self.accelerator.gather(ratio.max() if ratio.numel() else nan)
-            metrics["sampling/importance_sampling_ratio/min"][-1] = nanmin(lowest).item()
-            metrics["sampling/importance_sampling_ratio/max"][-1] = nanmax(highest).item()
+            for name, value in describe_sampling(output, self.accelerator).items():
+                metrics[name][-1] = value
 
     def _generate(self, prompts: list):
         try:

@@ -173,3 +173,35 @@ def describe_groups(
         "on_policy/solve_all": has_solved.all(dim=1)[is_scored].float().mean().item(),
         "on_policy/solve_none": has_failed.all(dim=1)[is_scored].float().mean().item(),
     }
+
+
+def describe_sampling(batch: dict[str, torch.Tensor], accelerator: Accelerator) -> dict[str, float]:
+    """
+    TRL's metrics of the difference between vLLM and the policy, over rollout tokens of all processes.
+
+    Args:
+        batch (`dict[str, torch.Tensor]`):
+            The generation batch: `completion_mask`, `demonstration_mask`, `old_per_token_logps`,
+            `sampling_per_token_logps` of shape `(B, T)`, `importance_sampling_ratio` of shape `(B, T)` or `(B, 1)`.
+        accelerator ([`~accelerate.Accelerator`]):
+            Of the trainer. All processes must call this together.
+
+    Returns:
+        `dict[str, float]`: `sampling/sampling_logp_difference/mean`, and the mean, least and greatest of
+        `sampling/importance_sampling_ratio`.
+    """
+    is_rollout = batch["completion_mask"].bool() & ~batch["demonstration_mask"]
+    delta = torch.abs(batch["old_per_token_logps"] - batch["sampling_per_token_logps"])
+    delta = delta[is_rollout & ~delta.isnan()]
+    ratio = batch["importance_sampling_ratio"]
+    ratio = ratio[is_rollout.any(dim=1)].flatten() if ratio.size(1) == 1 else ratio[is_rollout]
+    sums = [torch.stack([values.sum(), values.new_tensor(values.numel())]) for values in (delta, ratio)]
+    (delta_sum, num_deltas), (ratio_sum, num_ratios) = accelerator.reduce(torch.stack(sums), "sum").tolist()
+    nan = ratio.new_tensor([torch.nan, torch.nan])
+    extremes = accelerator.gather(torch.stack(ratio.aminmax()) if ratio.numel() else nan).view(-1, 2)
+    return {
+        "sampling/sampling_logp_difference/mean": delta_sum / max(num_deltas, 1),
+        "sampling/importance_sampling_ratio/mean": ratio_sum / max(num_ratios, 1),
+        "sampling/importance_sampling_ratio/min": nanmin(extremes[:, 0]).item(),
+        "sampling/importance_sampling_ratio/max": nanmax(extremes[:, 1]).item(),
+    }
