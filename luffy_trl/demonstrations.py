@@ -10,13 +10,16 @@ the rendered prompt, up to and including one token that ends generation.
 import importlib.metadata
 import math
 import random
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import pyarrow.compute as pc
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+from trl.chat_template_utils import parse_response
 from trl.data_utils import is_conversational
 
 
@@ -25,6 +28,12 @@ if TYPE_CHECKING:
 
 
 logger = get_logger(__name__)
+
+# Tokens that open and close turns in chat templates, unless they are of a trace's own make (OpenThoughts, Sky-T1)
+_MARKUP = re.compile(
+    r"<[|｜](?!(?:begin|end)_of_(?:thought|solution))[^<>|｜\s]{1,40}[|｜]>|<(?:start|end)_of_turn>|\[/?INST\]|</?s>"
+)
+_ROWS_LOOKED_AT = 100
 
 # Columns that `tokenize_demonstrations` adds, and that the trainer takes out again before reward functions see a row.
 DEMONSTRATION_COLUMNS = {
@@ -345,29 +354,19 @@ def find_eos_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Ge
     return [tokenizer.eos_token_id, *(token_id for token_id in ids if token_id != tokenizer.eos_token_id)]
 
 
-def tokenize_demonstrations(
-    dataset: Dataset | IterableDataset,
-    tokenizer: PreTrainedTokenizerBase,
-    eos_token_ids: list[int],
-    max_length: int,
-    overflow: str = "drop",
-    chat_template_kwargs: dict[str, Any] | None = None,
-) -> Dataset | IterableDataset:
+def check_columns(dataset: Dataset | IterableDataset) -> str:
     """
-    Adds the columns of `DEMONSTRATION_COLUMNS` to a dataset. `datasets` caches the result of a dataset that lies on
-    disk, so that the next run of the same data and tokenizer does no work.
+    Checks that a dataset has what training with demonstrations needs.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Rows with `prompt` and either `demonstrations` or `completion`.
-        tokenizer, eos_token_ids, max_length, overflow, chat_template_kwargs:
-            See [`DemonstrationTokenizer`].
+            Training data.
 
     Returns:
-        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: The dataset with the added columns.
+        `str`: The column with the traces, `"demonstrations"` or `"completion"`.
 
     Raises:
-        ValueError: If the dataset has neither or both of the columns, or a row of it cannot be used.
+        ValueError: If it is empty, or a column is missing or too many.
     """
     if not isinstance(dataset, Dataset | IterableDataset):
         hint = " Pass one split of it, such as `dataset['train']`." if isinstance(dataset, dict) else ""
@@ -394,14 +393,42 @@ def tokenize_demonstrations(
         )
     if taken := set(columns) & set(DEMONSTRATION_COLUMNS):
         raise ValueError(f"`train_dataset` has columns that LuffyTrainer itself adds: {sorted(taken)}. Rename them.")
+    return present[0]
 
+
+def tokenize_demonstrations(
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    eos_token_ids: list[int],
+    max_length: int,
+    overflow: str = "drop",
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> Dataset | IterableDataset:
+    """
+    Adds the columns of `DEMONSTRATION_COLUMNS` to a dataset. `datasets` caches the result of a dataset that lies on
+    disk, so that the next run of the same data and tokenizer does no work.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Rows with `prompt` and either `demonstrations` or `completion`.
+        tokenizer, eos_token_ids, max_length, overflow, chat_template_kwargs:
+            See [`DemonstrationTokenizer`].
+
+    Returns:
+        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: The dataset with the added columns.
+
+    Raises:
+        ValueError: If the dataset has neither or both of the columns, or a row of it cannot be used.
+    """
+    field_name = check_columns(dataset)
     function = DemonstrationTokenizer(
-        tokenizer, present[0], eos_token_ids, max_length, overflow, dict(chat_template_kwargs or {})
+        tokenizer, field_name, eos_token_ids, max_length, overflow, dict(chat_template_kwargs or {})
     )
     if isinstance(dataset, IterableDataset):
         features = dataset.features and Features({**dataset.features, **DEMONSTRATION_COLUMNS})
         return dataset.map(function, with_indices=True, batched=True, batch_size=64, features=features)
 
+    _warn_of_suspicious(dataset, function)
     with PartialState().main_process_first():
         dataset = dataset.map(
             function,
@@ -410,7 +437,96 @@ def tokenize_demonstrations(
             features=Features({**dataset.features, **DEMONSTRATION_COLUMNS}),
             desc="Tokenizing demonstrations",
         )
+    num_dropped = sum(dataset["demonstrations_dropped"])
+    if num_dropped and not pc.max(pc.list_value_length(dataset.data.column("demonstration_ids"))).as_py():
+        raise ValueError(
+            f"All {num_dropped} traces have more tokens than `max_completion_length={max_length}`, so that none is "
+            "left. Raise it, or set `demonstration_overflow='truncate'`. `luffy inspect` shows how long they are."
+        )
+    if num_dropped:
+        logger.warning(
+            f"{num_dropped} traces have more tokens than `max_completion_length={max_length}` and are dropped. "
+            "`luffy inspect` shows how long they are."
+        )
     return dataset
+
+
+def _warn_of_suspicious(dataset: Dataset, function: DemonstrationTokenizer):
+    rows = dataset[:_ROWS_LOOKED_AT]
+    ends = tuple(function.tokenizer.convert_ids_to_tokens(function.eos_token_ids))
+    hints, num_traces = [], 0
+    for row, (prompt, value) in enumerate(zip(rows["prompt"], rows[function.field_name], strict=True)):
+        check_prompt(prompt, row)
+        for trace, name in function._traces(value, f"row {row}"):
+            text = (
+                trace
+                if isinstance(trace, str)
+                else trace[0].get("content")
+                if is_conversational({"prompt": trace})
+                else None
+            )
+            if not isinstance(text, str):
+                continue  # an error, when it is tokenized
+            num_traces += 1
+            while (text := text.rstrip()).endswith(ends):
+                text = text.removesuffix(next(end for end in ends if text.endswith(end)))
+            if hint := suspicion(prompt, text):
+                hints.append(f"{name} {hint}")
+    if hints:
+        logger.warning(
+            f"{len(hints)} of the {num_traces} traces of the first {len(rows['prompt'])} rows look wrong: {hints[0]} "
+            "`luffy inspect` lists them."
+        )
+
+
+def suspicion(prompt: str | list[dict], trace: str) -> str | None:
+    """
+    What looks wrong about a trace that can be used nonetheless.
+
+    Args:
+        prompt (`str` or `list[dict]`):
+            Its prompt.
+        trace (`str`):
+            Its text, without what ends it.
+
+    Returns:
+        `str` or `None`: What is wrong and how to mend it, or `None`.
+    """
+    if markup := _MARKUP.search(trace):
+        return (
+            f"holds {markup[0]!r}, the markup of a chat template. A trace is only what follows the rendered prompt, "
+            "and the token that ends it is added: take the markup out."
+        )
+    question = prompt if isinstance(prompt, str) else prompt[-1].get("content")
+    if isinstance(question, str) and question.strip() and trace.strip().startswith(question.strip()):
+        return "begins with its own prompt, which the policy would learn to repeat. A trace is only what follows it."
+    return None
+
+
+def decode_completion(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict], prompt_ids: list[int], ids: list[int]
+) -> str | list[dict]:
+    """
+    A completion as reward functions see it, decoded as [`~trl.GRPOTrainer`] does it.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The policy's tokenizer.
+        prompt (`str` or `list[dict]`):
+            The prompt, plain or conversational.
+        prompt_ids (`list[int]`):
+            Its token ids.
+        ids (`list[int]`):
+            Token ids of the completion.
+
+    Returns:
+        `str` or `list[dict]`: A text, or an assistant message in a list.
+    """
+    if not is_conversational({"prompt": prompt}):
+        return tokenizer.decode(ids, skip_special_tokens=True)
+    if getattr(tokenizer, "response_template", None) or getattr(tokenizer, "response_schema", None):
+        return [parse_response(tokenizer, ids, prefix=prompt_ids)]
+    return [{"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)}]
 
 
 def tokenize_prompt(

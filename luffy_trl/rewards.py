@@ -99,6 +99,37 @@ def math_verify_reward(
     return [None if grade is None else float(grade) for grade in grades]
 
 
+def explain_math_verify_reward(
+    completion: str, gold: str | None, reward: float | None, require_think: bool = False
+) -> str:
+    r"""
+    Why [`math_verify_reward`] gives a completion nothing.
+
+    Args:
+        completion (`str`):
+            Text of the completion.
+        gold (`str`):
+            The gold answer.
+        reward (`float`):
+            What it was given: 0.0 or `None`.
+        require_think (`bool`, *optional*, defaults to `False`):
+            As of [`math_verify_reward`].
+
+    Returns:
+        `str`: The reason.
+    """
+    if reward is None:
+        return f"the gold answer {str(gold)[:80]!r} cannot be parsed"
+    if require_think and "</think>" not in completion:
+        return "no `</think>`, which `require_think` asks for"
+    answers = _find_answers(completion, require_think)
+    if answers == ("",):
+        return "its last box is not closed"
+    if not answers[0].startswith(r"\boxed{"):
+        return rf"no \boxed{{}}, and no other answer equal to {str(gold)[:80]!r}"
+    return f"{', '.join(answers)[:80]} is not equal to {str(gold)[:80]!r}"
+
+
 def _find_answers(text: str, require_think: bool) -> tuple[str, ...]:
     """What [`~luffy_trl.grading.grade`] reads: the boxes of a completion; its text, if there are none."""
     parts = text.split("</think>")
