@@ -5,20 +5,23 @@ What an optimizer step costs: TRL's GRPOTrainer and LuffyTrainer in alternation,
 
     python benchmarks/step/step.py
 
-Three contenders make the same updates of the same sequences, on the CPU, with one thread:
+Four contenders make the same updates of the same sequences, on the CPU, with one thread:
 
 - `grpo`: stock `GRPOTrainer`, for which the demonstration is a rollout like the others;
 - `luffy`: `LuffyTrainer`, with its micro-batches by length;
+- `budget`: the same with `max_tokens_per_microbatch=2048`, about half of what the largest of TRL's have;
 - `ideal`: `LuffyTrainer` with a micro-batch for each sequence, so that nothing is padded.
 
 Nothing is generated. Lengths come from three mixes: `paper`, one trace for each seven shorter rollouts, at 1/8 of the
-paper's lengths; `equal`; and `one_long`, a single long trace among all. Every number is a median over updates, and
-ratios are of neighbouring runs.
+paper's lengths; `equal`; and `one_long`, a single long trace among all. Every run is a process of its own, and ratios
+are of neighbouring runs.
 """
 
 import argparse
+import multiprocessing
 import os
 import random
+import resource
 import statistics
 import time
 from collections import defaultdict
@@ -29,10 +32,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import matplotlib
 import pandas as pd
+import psutil
 import torch
 from datasets import Dataset
 from tqdm import tqdm
-from transformers import PrinterCallback, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers import PrinterCallback, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from luffy_trl import LuffyConfig, LuffyTrainer
@@ -46,8 +50,9 @@ NUM_GENERATIONS, NUM_PROMPTS, ROWS_PER_MICRO_BATCH, MAX_LENGTH = 8, 4, 4, 1024
 NUM_SEQUENCES = NUM_GENERATIONS * NUM_PROMPTS
 SIZES = {"2x128": (2, 128), "4x256": (4, 256)}
 MIXES = ("paper", "equal", "one_long")
-CONTENDERS = ("grpo", "luffy", "ideal")
-PHASES = ("update", "log_probs", "rewards", "rest")
+CONTENDERS = ("grpo", "luffy", "budget", "ideal")
+PHASES = ("update", "log_probs", "optimizer", "rewards", "rest")
+TOKEN_BUDGET = 2048
 
 
 def completion_length(mix: str, prompt: int, slot: int) -> int:
@@ -70,6 +75,25 @@ def completion(mix: str, prompt: int, slot: int) -> list[int]:
 def make_tokenizer() -> Qwen2Tokenizer:
     vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", *(chr(c) for c in range(33, 127))])}
     return Qwen2Tokenizer(vocab, merges=[], unk_token=None, eos_token="<eos>", pad_token="<pad>", padding_side="left")
+
+
+class Stopwatch(TrainerCallback):
+    """Times the training loop, without what comes before it, and the optimizer."""
+
+    def __init__(self, seconds: dict[str, float]):
+        self.seconds = seconds
+
+    def on_train_begin(self, *args, **kwargs):
+        self.seconds["total"] -= time.perf_counter()
+
+    def on_train_end(self, *args, **kwargs):
+        self.seconds["total"] += time.perf_counter()
+
+    def on_pre_optimizer_step(self, *args, **kwargs):
+        self.seconds["optimizer"] -= time.perf_counter()
+
+    def on_optimizer_step(self, *args, **kwargs):
+        self.seconds["optimizer"] += time.perf_counter()
 
 
 def make_trainer(contender: str, size: str, mix: str, num_updates: int, output_dir: str):
@@ -111,6 +135,7 @@ def make_trainer(contender: str, size: str, mix: str, num_updates: int, output_d
         bf16=False,
         gradient_checkpointing=False,
         disable_tqdm=True,
+        **({"max_tokens_per_microbatch": TOKEN_BUDGET} if contender == "budget" else {}),
     )
     prompts = [f"{number:03d}?" for number in range(2 * NUM_PROMPTS)]
     number_of = {tuple(tokenizer(prompt)["input_ids"]): number for number, prompt in enumerate(prompts)}
@@ -140,6 +165,7 @@ def make_trainer(contender: str, size: str, mix: str, num_updates: int, output_d
 
         trainer._continue = answer
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Stopwatch(seconds))
 
     def timed(phase, function):
         def call(*args, **kwargs):
@@ -170,9 +196,9 @@ def make_trainer(contender: str, size: str, mix: str, num_updates: int, output_d
 def measure(contender: str, size: str, mix: str, num_updates: int, output_dir: str) -> dict:
     """Seconds of each phase for an update, padded and real tokens, and the largest micro-batch."""
     trainer = make_trainer(contender, size, mix, num_updates, output_dir)
-    started = time.perf_counter()
+    before = psutil.Process().memory_info().rss
     trainer.train()
-    total = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     seconds = trainer.seconds
     real = sum(4 + completion_length(mix, p, s) for p in range(2 * NUM_PROMPTS) for s in range(NUM_GENERATIONS)) / 2
     micro_batches = trainer.padded_tokens[0]
@@ -182,11 +208,17 @@ def measure(contender: str, size: str, mix: str, num_updates: int, output_dir: s
         "mix": mix,
         "update": (seconds["step"] - seconds["generation"]) / num_updates,
         "log_probs": seconds["log_probs"] / num_updates,
+        "optimizer": seconds["optimizer"] / num_updates,
         "rewards": seconds["rewards"] / num_updates,
-        # Blending, tokenizing, masks, advantages, metrics, optimizer: what is neither model nor reward
-        "rest": (total - seconds["step"] + seconds["generation"] - seconds["log_probs"] - seconds["rewards"])
+        # Blending, tokenizing, masks, advantages, metrics, data: what is neither model nor optimizer nor reward
+        "rest": (
+            seconds["total"]
+            - (seconds["step"] - seconds["generation"])
+            - sum(seconds[phase] for phase in ("log_probs", "optimizer", "rewards"))
+        )
         / num_updates,
-        "total": total / num_updates,
+        "total": seconds["total"] / num_updates,
+        "memory_mib": (peak - before) / 2**20,
         "real_tokens": real,
         "padded_tokens": sum(micro_batches) / num_updates,
         "largest_micro_batch": max(micro_batches),
@@ -196,9 +228,9 @@ def measure(contender: str, size: str, mix: str, num_updates: int, output_dir: s
 def table(rows: pd.DataFrame) -> str:
     """Ratios to `grpo` and to `ideal` of neighbouring runs: median, least and greatest (Markdown)."""
     lines = [
-        "| model | mix | real / padded tokens, grpo | luffy | update, grpo / luffy | update, luffy / ideal | "
-        "total, grpo / luffy | rest of a step, luffy | largest micro-batch, luffy / grpo |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| model | mix | real / padded tokens, grpo | luffy | update, grpo / luffy | grpo / budget | luffy / ideal | "
+        "total, grpo / luffy | rest of a step, luffy | peak memory, luffy / grpo | budget / grpo |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
 
     def ratio(values: pd.Series) -> str:
@@ -207,22 +239,24 @@ def table(rows: pd.DataFrame) -> str:
     for (size, mix), group in rows.groupby(["size", "mix"], sort=False):
         by = {name: part.set_index("repetition") for name, part in group.groupby("contender")}
         share = {name: part["real_tokens"].mean() / part["padded_tokens"].mean() for name, part in by.items()}
-        grpo, luffy, ideal = (by[name] for name in CONTENDERS)
+        grpo, luffy, budget, ideal = (by[name] for name in CONTENDERS)
         cells = [
             f"{share['grpo']:.0%}",
             f"{share['luffy']:.0%}",
             ratio(grpo["update"] / luffy["update"]),
+            ratio(grpo["update"] / budget["update"]),
             ratio(luffy["update"] / ideal["update"]),
             ratio(grpo["total"] / luffy["total"]),
             f"{statistics.median(luffy['rest'] / luffy['total']):.1%}",
-            f"{luffy['largest_micro_batch'].max() / grpo['largest_micro_batch'].max():.2f}",
+            ratio(luffy["memory_mib"] / grpo["memory_mib"]),
+            ratio(budget["memory_mib"] / grpo["memory_mib"]),
         ]
         lines.append(f"| {size} | {mix} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def plot(rows: pd.DataFrame, path: Path):
-    figure, axes = plt.subplots(1, len(SIZES), figsize=(11, 4), layout="constrained")
+    figure, axes = plt.subplots(1, len(SIZES), figsize=(14, 4), layout="constrained")
     for axis, size in zip(axes, SIZES, strict=True):
         medians = rows[rows["size"] == size].groupby(["mix", "contender"])[list(PHASES)].median()
         labels = [f"{mix}\n{contender}" for mix in MIXES for contender in CONTENDERS]
@@ -233,7 +267,7 @@ def plot(rows: pd.DataFrame, path: Path):
             bottom = values + bottom
         axis.set_title(f"{size} layers x width")
         axis.set_ylabel("seconds for an update")
-        axis.tick_params(axis="x", labelsize=7)
+        axis.tick_params(axis="x", labelsize=6)
     axes[0].legend()
     figure.savefig(path, dpi=110)
 
@@ -244,7 +278,6 @@ def main():
     parser.add_argument("--num_updates", type=int, default=4, help="Updates of a run.")
     parser.add_argument("--results_dir", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
-    torch.set_num_threads(1)
     plan = [
         (size, mix, repetition, contender)
         for size in SIZES
@@ -253,9 +286,10 @@ def main():
         for contender in CONTENDERS
     ]
     rows = []
-    for size, mix, repetition, contender in tqdm(plan):
-        row = measure(contender, size, mix, args.num_updates, "outputs/step")
-        rows.append({"repetition": repetition, **row})
+    with multiprocessing.get_context("spawn").Pool(1, torch.set_num_threads, (1,), maxtasksperchild=1) as pool:
+        for size, mix, repetition, contender in tqdm(plan):
+            row = pool.apply(measure, (contender, size, mix, args.num_updates, "outputs/step"))
+            rows.append({"repetition": repetition, **row})
     rows = pd.DataFrame(rows)
     args.results_dir.mkdir(parents=True, exist_ok=True)
     rows.round(5).to_csv(args.results_dir / "step.csv", index=False)
