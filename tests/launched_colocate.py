@@ -87,13 +87,12 @@ def choose_engine():
         boundary.is_vllm_available = lambda: True
         boundary.SamplingParams = SimpleNamespace
         engine = StandIn
-    elif torch.cuda.is_available():
-        engine = boundary.LLM
     else:
-        # The CPU build packs weights when it loads them, and would not see those that are pushed later
-        import vllm._custom_ops
+        if not torch.cuda.is_available():
+            # The CPU build packs weights when it loads them, and would not see those that are pushed later
+            import vllm._custom_ops
 
-        vllm._custom_ops._supports_onednn = False
+            vllm._custom_ops._supports_onednn = False
         engine = functools.partial(boundary.LLM, dtype="float32", enforce_eager=True)
     engine = functools.cache(engine)  # one for all trainers of this process: it may not be made twice
 
@@ -174,7 +173,8 @@ def train(case, options):
         **{
             "per_device_train_batch_size": 2,
             "gradient_accumulation_steps": 6 // int(os.environ.get("WORLD_SIZE", 1)),  # 12 rows, three groups of 4
-            "max_steps": 3,
+            "max_completion_length": 8,
+            "max_steps": 2,
             "learning_rate": 0.05,  # so that weights that were not pushed would show
             "use_vllm": True,
             "vllm_mode": "colocate",
@@ -183,7 +183,7 @@ def train(case, options):
             **options,
         },
     )
-    traces = [f"A{'BC' * j}{j}" for j in range(6)]
+    traces = [f"A{'B' * j}{j}" for j in range(6)]
     num_traces = args.num_demonstrations
     trainer = LuffyTrainer(
         str(FOLDER / "model"),

@@ -23,10 +23,20 @@ FOLDER = Path(sys.argv[1])
 generated_tokens = 0  # of the completions that this process got from the server
 
 
-class FileClient(VLLMClient):
+class CountingClient(VLLMClient):
+    """TRL's client of a vLLM server."""
+
+    def generate(self, *args, **kwargs):
+        global generated_tokens
+        output = super().generate(*args, **kwargs)
+        generated_tokens += sum(len(ids) for ids in output["completion_ids"])
+        return output
+
+
+class FileClient(CountingClient):
     """
-    TRL's client of a real vLLM server, but that weights go through a file: vLLM transfers them by NCCL alone, which a
-    machine without GPUs does not have.
+    One by which weights go through a file: vLLM transfers them by NCCL alone, which a machine without GPUs does not
+    have.
     """
 
     def init_communicator(self, device=0):
@@ -41,12 +51,6 @@ class FileClient(VLLMClient):
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
         self._post(f"{self.base_url}/collective_rpc", json=body)
 
-    def generate(self, *args, **kwargs):
-        global generated_tokens
-        output = super().generate(*args, **kwargs)
-        generated_tokens += sum(len(ids) for ids in output["completion_ids"])
-        return output
-
 
 class KillServer(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
@@ -55,7 +59,6 @@ class KillServer(TrainerCallback):
 
 
 def main():
-    trl.generation.vllm_generation.VLLMClient = FileClient
     options = json.loads(os.environ["SERVED_OPTIONS"])
     resume = options.pop("resume", None)
     args = tiny.make_args(
@@ -69,6 +72,7 @@ def main():
         learning_rate=0.05,  # so that weights that were not pushed would show
         **options,
     )
+    trl.generation.vllm_generation.VLLMClient = FileClient if args.use_cpu else CountingClient
     trainer = LuffyTrainer(
         str(FOLDER / "model"),
         tiny.share_of_digits,
