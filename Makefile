@@ -53,6 +53,9 @@ test-gpu: .venv-gpu/.installed
 quickstart: $(INSTALLED)
 	$(BIN)/python examples/quickstart/run.py --output_dir $(QUICKSTART)
 
+docs: $(INSTALLED)
+	$(BIN)/mkdocs build --strict
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -65,4 +68,4 @@ build: $(INSTALLED)
 	$(BIN)/python -m build
 
 clean:
-	rm -rf $(VENV) .venv-vllm .venv-gpu outputs build dist *.egg-info
+	rm -rf $(VENV) .venv-vllm .venv-gpu outputs site build dist *.egg-info
