@@ -28,7 +28,10 @@ PREPARE_DATA = {
 }
 COMMANDS = {
     **LAUNCHED,
-    "inspect": ("luffy_trl.inspection", "what a run would train on: tokens, dropped traces, rewards, memory"),
+    "inspect": (
+        "luffy_trl.scripts.inspect_data",
+        "what a run would train on: tokens, drops, rewards, memory",
+    ),
     "prepare-data": (None, "training data: openr1, generate or score"),
     "prepare-model": ("luffy_trl.prepare_model", "make a base model ready: positions, chat template, EOS"),
     "eval": ("luffy_trl.eval", "evaluate models on the benchmarks of the paper"),

@@ -347,11 +347,34 @@ def find_eos_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Ge
     if tokenizer.eos_token_id is None:
         raise ValueError(
             "`processing_class` has no end-of-sequence token, so demonstrations could not end. Set "
-            "`tokenizer.eos_token` to the token that ends a completion."
+            "`tokenizer.eos_token` to the token that ends a completion, or let `luffy prepare-model` do it."
         )
     ids = generation_config.eos_token_id
     ids = [ids] if isinstance(ids, int) else ids or []
     return [tokenizer.eos_token_id, *(token_id for token_id in ids if token_id != tokenizer.eos_token_id)]
+
+
+def check_prompt_column(dataset: Dataset | IterableDataset) -> list[str]:
+    """
+    Checks that a dataset has rows with a `prompt`.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Training data.
+
+    Returns:
+        `list[str]`: Its columns.
+
+    Raises:
+        ValueError: If it is empty, or has no such column.
+    """
+    first_row = next(iter(dataset), None)
+    if first_row is None:
+        raise ValueError("`train_dataset` is empty. Check the file, the split and the filters that it went through.")
+    columns = dataset.column_names or list(first_row)
+    if "prompt" not in columns:
+        raise ValueError(f"`train_dataset` has no column `prompt`, only {columns}. Rename the one with the problems.")
+    return columns
 
 
 def check_columns(dataset: Dataset | IterableDataset) -> str:
@@ -373,12 +396,7 @@ def check_columns(dataset: Dataset | IterableDataset) -> str:
         raise ValueError(
             f"`train_dataset` must be a `Dataset` or an `IterableDataset`, got `{type(dataset).__name__}`.{hint}"
         )
-    first_row = next(iter(dataset), None)
-    if first_row is None:
-        raise ValueError("`train_dataset` is empty. Check the file, the split and the filters that it went through.")
-    columns = dataset.column_names or list(first_row)
-    if "prompt" not in columns:
-        raise ValueError(f"`train_dataset` has no column `prompt`, only {columns}. Rename the one with the problems.")
+    columns = check_prompt_column(dataset)
     if images := {"image", "images"} & set(columns):
         raise ValueError(
             f"`train_dataset` has the column {images.pop()!r}: image prompts are not supported together with "
@@ -545,8 +563,16 @@ def tokenize_prompt(
 
     Returns:
         `list[int]`: Its token ids, with the opening of the assistant's turn.
+
+    Raises:
+        ValueError: If a conversational prompt meets a tokenizer without a chat template.
     """
     if is_conversational({"prompt": prompt}):
+        if tokenizer.chat_template is None:
+            raise ValueError(
+                "The prompts are chat messages, and the tokenizer has no chat template. `luffy prepare-model` gives a "
+                "base model one; for another, make `prompt` a string, rendered as the model wants it."
+            )
         return tokenizer.apply_chat_template(
             prompt, add_generation_prompt=True, return_dict=False, **(chat_template_kwargs or {})
         )

@@ -449,7 +449,22 @@ class LuffyConfig(GRPOConfig):
         return self.num_demonstrations == 0 and self.ratio_clipping == "on_policy" and not self.length_aware_batching
 
     def __post_init__(self):
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:  # two likely ones say what is wrong, and not what to do
+            if "divisible by num_generations" in str(error):
+                raise ValueError(
+                    f"`num_generations={self.num_generations}` does not divide the {self.generation_batch_size} "
+                    f"completions that are generated at once: `per_device_train_batch_size` "
+                    f"({self.per_device_train_batch_size}) times {self.world_size} process(es) times "
+                    f"`steps_per_generation` ({self.steps_per_generation}). Change one of them."
+                ) from error
+            if "support bf16" in str(error):
+                raise ValueError(
+                    "`bf16=True`, the default, needs a GPU with bf16, and there is none. On a CPU set `use_cpu=True` "
+                    "and `bf16=False` (`--use_cpu --bf16 false`); on an older GPU `bf16=False`."
+                ) from error
+            raise
         self._check_types()
         for name, choices in _CHOICES.items():
             value = getattr(self, name)

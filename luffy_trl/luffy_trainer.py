@@ -50,6 +50,7 @@ from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
 from trl.trainer.utils import get_config_model_id, nanmax, nanmin, nanstd
 
 from .batching import plan_micro_batches, rebatch, round_up, without_padding
+from .checks import check_machine, check_reward_columns
 from .demonstrations import (
     DEMONSTRATION_COLUMNS,
     Demonstration,
@@ -158,7 +159,9 @@ class LuffyTrainer(GRPOTrainer):
                         f"interacted with it. Remove `{name}`, or train plain GRPO (`num_demonstrations=0`, "
                         "`ratio_clipping='on_policy'`, `length_aware_batching=False`)."
                     )
-            # Everything that can be wrong with the tokenizer and the data is found before a model is loaded.
+            # Everything that can be wrong with the machine, the tokenizer and the data is found before a model is loaded.
+            check_machine(args)
+            check_reward_columns(reward_funcs, getattr(train_dataset, "column_names", None))
             load_options = {
                 "revision": (args.model_init_kwargs or {}).get("revision"),
                 "trust_remote_code": args.trust_remote_code,

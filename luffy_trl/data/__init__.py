@@ -10,7 +10,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from transformers import PreTrainedTokenizerBase
 
-from ..demonstrations import tokenize_prompt
+from ..demonstrations import check_prompt, check_prompt_column, tokenize_prompt
 
 
 logger = get_logger(__name__)
@@ -74,15 +74,21 @@ def without_long_prompts(
 
     Returns:
         [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: The rows that fit.
+
+    Raises:
+        ValueError: If there is no column `prompt`, or a prompt that is none.
     """
 
-    def fits(row):
+    check_prompt_column(dataset)
+
+    def fits(row, index):
+        check_prompt(row["prompt"], index)
         return len(tokenize_prompt(tokenizer, row["prompt"], chat_template_kwargs)) <= max_length
 
     if isinstance(dataset, IterableDataset):
-        return dataset.filter(fits)
+        return dataset.filter(fits, with_indices=True)
     with PartialState().main_process_first():
-        kept = dataset.filter(fits, desc="Measuring prompts")
+        kept = dataset.filter(fits, with_indices=True, desc="Measuring prompts")
     if len(kept) < len(dataset):
         logger.warning(
             f"{len(dataset) - len(kept)} of {len(dataset)} rows have a prompt of more than {max_length} tokens and "

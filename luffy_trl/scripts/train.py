@@ -16,16 +16,23 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from accelerate.logging import get_logger
 from transformers import AutoTokenizer
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 from trl.rewards import accuracy_reward, reasoning_accuracy_reward, think_format_reward
 
+from ..checks import check_machine, check_reward_columns, check_vllm_server
 from ..data import load_data, without_long_prompts
+from ..demonstrations import find_eos_token_ids, load_generation_config
+from ..inspection import inspect_dataset
 from ..luffy_config import LuffyConfig
 from ..luffy_trainer import LuffyTrainer
 from ..rewards import math_verify_reward
 
 
+logger = get_logger(__name__)
+
+_ROWS_SCORED = 64
 REWARD_FUNCS = {
     "math_verify_reward": math_verify_reward,
     "accuracy_reward": accuracy_reward,
@@ -108,10 +115,38 @@ def get_reward_funcs(args: LuffyScriptArguments) -> list:
     return reward_funcs
 
 
+def check_first_rows(dataset, tokenizer, training_args: LuffyConfig, model_args: ModelConfig, reward_funcs: list):
+    """Scores the traces of the first rows: data that no reward function likes is found before the model is loaded."""
+    generation_config = load_generation_config(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        trust_remote_code=training_args.trust_remote_code,
+    )
+    eos_token_ids = find_eos_token_ids(tokenizer, generation_config)
+    findings = inspect_dataset(dataset, tokenizer, eos_token_ids, training_args, reward_funcs, max_rows=_ROWS_SCORED)
+    if findings.problems:
+        raise ValueError(findings.problems[0])
+    traces = findings.traces
+    if traces and not any(isinstance(func, str) for func in reward_funcs) and not any(t.total > 0 for t in traces):
+        message = (
+            f"The reward rejects all {len(traces)} traces of the first {findings.num_rows} rows, such as row "
+            f"{traces[0].row}, {traces[0].name}: {traces[0].reason}. A demonstration without a reward teaches "
+            "nothing: mend the traces or `reward_funcs`. `luffy inspect` shows what each trace earns."
+        )
+        if all(getattr(func, "func", func) in REWARD_FUNCS.values() for func in reward_funcs):
+            raise ValueError(message)
+        logger.warning(message)  # zero may be the best that a reward function of the user's gives
+
+
 def main(script_args: LuffyScriptArguments, training_args: LuffyConfig, model_args: ModelConfig):
     if script_args.dataset_name is None:
         raise ValueError("`dataset_name` is required: a dataset on the Hub, a local folder or a file.")
+    if model_args.model_name_or_path is None:
+        raise ValueError("`model_name_or_path` is required: a model on the Hub, or a local folder.")
     reward_funcs = get_reward_funcs(script_args)
+    check_machine(training_args)
+    if training_args.process_index == 0:
+        check_vllm_server(training_args)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -135,6 +170,9 @@ def main(script_args: LuffyScriptArguments, training_args: LuffyConfig, model_ar
         return dataset
 
     train_dataset = load(script_args.dataset_name, script_args.dataset_train_split)
+    check_reward_columns(reward_funcs, train_dataset.column_names)
+    if training_args.num_demonstrations > 0:
+        check_first_rows(train_dataset, tokenizer, training_args, model_args, reward_funcs)
     eval_dataset = None
     if training_args.eval_strategy != "no":
         if script_args.eval_dataset_names:

@@ -1,0 +1,151 @@
+# Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
+
+"""What can be told about a run before its model is loaded."""
+
+import functools
+import inspect
+import logging
+import time
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.integrations import get_available_reporting_integrations
+from trl.import_utils import is_vllm_available
+
+from .luffy_config import LuffyConfig
+from .rewards import math_verify_reward
+
+
+logger = logging.getLogger(__name__)
+
+_TRACKERS = ("wandb", "trackio", "tensorboard", "mlflow", "comet_ml", "swanlab")
+# What TRL passes to a reward function, beside the columns of the dataset
+_PASSED = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
+
+
+def reward_name(reward_func: Callable | str) -> str:
+    """The name under which TRL logs a reward function."""
+    if isinstance(reward_func, str):
+        return reward_func.split("/")[-1]
+    reward_func = reward_func.func if isinstance(reward_func, functools.partial) else reward_func
+    return getattr(reward_func, "__name__", type(reward_func).__name__)
+
+
+def check_reward_columns(reward_funcs: Any, columns: list[str] | None):
+    """
+    Checks that reward functions can be called with the columns of a dataset.
+
+    Args:
+        reward_funcs (`Callable`, `str`, `nn.Module`, or a list of them):
+            Reward functions, as of [`~trl.GRPOTrainer`]. Models are not checked.
+        columns (`list[str]`, *optional*):
+            Columns of the dataset; `None` where they are not known.
+
+    Raises:
+        ValueError: If a function reads a column that there is not, or does not take what TRL passes.
+    """
+    passed = _PASSED | set(columns or ()) - {"prompt", "completion"}
+    for reward_func in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
+        if not isinstance(columns, list) or not callable(reward_func) or isinstance(reward_func, nn.Module):
+            continue
+        name = reward_name(reward_func)
+        if getattr(reward_func, "func", reward_func) is math_verify_reward and not {"answer", "solution"} & passed:
+            raise ValueError(
+                f"`{name}` needs the gold answers, and the dataset has only the columns {columns}. Give it a column "
+                "`answer` or `solution`, or rename the one with the answers."
+            )
+        try:
+            parameters = inspect.signature(reward_func).parameters.values()
+        except ValueError:  # not every callable has one
+            continue
+        missing = [
+            parameter.name
+            for parameter in parameters
+            if parameter.default is parameter.empty
+            and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+            and parameter.name not in passed
+        ]
+        if missing:
+            raise ValueError(
+                f"The reward function `{name}` has the parameter `{missing[0]}`, and the dataset has only the columns "
+                f"{columns}. Rename the parameter or the column, or give the parameter a default."
+            )
+        refused = passed - {parameter.name for parameter in parameters}
+        if refused and all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
+            raise ValueError(
+                f"The reward function `{name}` does not take `{min(refused)}`: it is called with all columns and "
+                "more. Add `**kwargs` to its parameters."
+            )
+
+
+def check_machine(args: LuffyConfig):
+    """
+    Checks that what a configuration asks for is installed, and warns of a CPU that emulates bf16.
+
+    Args:
+        args ([`LuffyConfig`]):
+            Configuration of the run.
+
+    Raises:
+        ValueError: If something is not installed; the message says how to get it.
+    """
+    if args.use_vllm and not is_vllm_available():
+        raise ValueError(
+            "`use_vllm=True` needs vLLM, which is not installed here: `pip install luffy-trl[vllm]`, or set "
+            "`use_vllm=False` to generate with transformers."
+        )
+    available = get_available_reporting_integrations()
+    for name in args.report_to:
+        if name in _TRACKERS and name not in available:
+            raise ValueError(
+                f"`report_to` names {name!r}, which is not installed: `pip install {name}`, or set `report_to='none'`."
+            )
+    if args.bf16 and args.use_cpu and not has_bf16(torch.cpu.get_capabilities()):
+        warnings.warn(
+            "This CPU has no instructions for bf16 and emulates them, which is slower than float32. Set `bf16=False`.",
+            stacklevel=3,
+        )
+
+
+def has_bf16(capabilities: dict[str, Any]) -> bool:
+    """Whether a CPU computes in bf16, from `torch.cpu.get_capabilities()`."""
+    return any(value for name, value in capabilities.items() if "bf16" in name)
+
+
+def check_vllm_server(args: LuffyConfig, retry_interval: float = 2.0):
+    """
+    Waits for the vLLM server of a run, as long as `vllm_server_timeout` says.
+
+    Args:
+        args ([`LuffyConfig`]):
+            Configuration of the run. Without `use_vllm` and `vllm_mode="server"` there is nothing to wait for.
+        retry_interval (`float`, *optional*, defaults to `2.0`):
+            Seconds between two attempts.
+
+    Raises:
+        ValueError: If it does not answer.
+    """
+    if not args.use_vllm or args.vllm_mode != "server":
+        return
+    url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
+    start, attempts = time.monotonic(), 0
+    while True:
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=10):
+                return
+        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+            if time.monotonic() - start >= args.vllm_server_timeout:
+                raise ValueError(
+                    f"No vLLM server answers at {url} (`vllm_server_base_url`), for {args.vllm_server_timeout:g} "
+                    f"seconds (`vllm_server_timeout`): {error}. Start it first, as docs/vllm.md shows, or set "
+                    "`vllm_mode='colocate'` to generate in the training processes."
+                ) from error
+        attempts += 1
+        if attempts == 1:
+            logger.warning(f"Waiting for a vLLM server at {url}, up to {args.vllm_server_timeout:g} seconds.")
+        time.sleep(retry_interval)
