@@ -148,7 +148,7 @@ class Report:
             shown = Text(part.removesuffix("\n"), style=_STYLES[kind])
             if part.endswith("\n"):
                 shown.append("\\n", style="dim")
-            self.console.print(Text(f"  {kind:<9}", style="dim") + shown)
+            self.console.print(Text.assemble((f"  {kind:<9}", "dim"), shown))
 
     def ids(self, tokenizer, kind: str, ids: list[int]):
         limit = self.max_tokens_shown or len(ids)
