@@ -13,8 +13,8 @@ _PARAMETER = re.compile(r"([\w*, ]+?)( \(.*\))?:")
 
 def to_markdown(docstring: str) -> str:
     """Sections become bold words, parameters items of a list, and references like [`~trl.GRPOConfig`] plain code."""
-    docstring = re.sub(r"\[`(?:~[\w.]*?)?(\w+(?:\.\w+)*)`\]", r"`\1`", docstring)
-    docstring = docstring.replace(",\nquantization_config", ", quantization_config")
+    docstring = re.sub(r"\[`(?:~[\w.]*\.)?([\w.]+)`\]", r"`\1`", docstring)
+    docstring = re.sub(r"^(    \w[\w, ]*,)\n    (?=\w)", r"\1 ", docstring, flags=re.MULTILINE)  # names over two lines
     lines, section = [], None
     for line in docstring.splitlines():
         if match := _SECTION.fullmatch(line):
