@@ -15,7 +15,7 @@ VLLM_GPU ?= vllm==0.31.0
 VLLM_BIN := .venv-vllm/bin
 GPU_BIN := .venv-gpu/bin
 
-.PHONY: test test-vllm test-gpu quickstart lint format build clean
+.PHONY: test test-vllm test-gpu quickstart lint coverage format build clean
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -59,6 +59,11 @@ docs: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Processes that tests start are not counted
+coverage: $(INSTALLED)
+	$(BIN)/python -m pytest --cov --cov-report=term
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -120,7 +120,8 @@ def deal(micro_batches: list, tokens: list[int], num_processes: int) -> list[lis
         `list[list]`: The micro-batches of each process, in the order in which it takes them.
     """
     order = sorted(range(len(micro_batches)), key=lambda number: -tokens[number])
-    shares, totals = [[] for _ in range(num_processes)], [0] * num_processes
+    shares: list[list] = [[] for _ in range(num_processes)]
+    totals = [0] * num_processes
     for start in range(0, len(order), num_processes):
         # The process that has had the least takes the largest
         processes = sorted(range(num_processes), key=totals.__getitem__)

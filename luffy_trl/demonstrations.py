@@ -91,8 +91,8 @@ class DemonstrationTokenizer:
             ValueError: If a trace cannot be used; the message names the row and the field.
         """
         has_logprobs = "demonstration_logprobs" in rows
-        demonstration_ids = [[] for _ in indices]
-        demonstration_logps = [[] for _ in indices]
+        demonstration_ids: list[list] = [[] for _ in indices]
+        demonstration_logps: list[list] = [[] for _ in indices]
         dropped = [0] * len(indices)
         for position, number, name, ids in self.tokenize(rows, indices):
             logps = None
@@ -188,7 +188,7 @@ class DemonstrationTokenizer:
             )
         return value
 
-    def _render(self, prompt: str | list[dict], trace: str | list[dict], name: str) -> tuple[str, str, int]:
+    def _render(self, prompt: Any, trace: Any, name: str) -> tuple[str, str, int]:
         """The text of the prompt, the text of the trace as it follows it, and the token id that ends the trace."""
         is_chat = is_conversational({"prompt": prompt})
         if isinstance(trace, str):
@@ -663,7 +663,7 @@ def choose_demonstrations(row: dict[str, Any], args: "LuffyConfig", step: int) -
     rng = random.Random(f"{args.seed}-{step}-{row['demonstration_row']}")
     if rng.random() >= args.demonstration_probability:
         return []
-    numbers = range(len(row["demonstration_ids"]))
+    numbers = list(range(len(row["demonstration_ids"])))
     if len(numbers) > args.num_demonstrations:
         numbers = rng.sample(numbers, args.num_demonstrations)
     demonstrations = []

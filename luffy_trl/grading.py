@@ -163,7 +163,8 @@ class WorkerPool:
             self._retire(list(self._workers))
 
     def _map(self, calls):
-        results, waiting, failed_starts = [None] * len(calls), deque(range(len(calls))), 0
+        results: list[Any] = [None] * len(calls)
+        waiting, failed_starts = deque(range(len(calls))), 0
         # an idle worker that was killed since the last batch is no fault of the next call
         self._retire([worker for worker in self._workers if worker.process.poll() is not None])
         while True:
@@ -220,7 +221,7 @@ def shared_pool() -> WorkerPool:
     return WorkerPool()
 
 
-def _positive(name: str, value: float | None, variable: str | None, default: float | None, least: float = 0) -> float:
+def _positive(name: str, value: Any, variable: str | None, default: float | None, least: float = 0) -> float:
     if value is None:
         name, value = variable, os.environ.get(variable, default)
     try:
@@ -253,7 +254,8 @@ class _Worker:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
             )
-        self.is_ready, self.calls, self.deadline = False, deque(), time.monotonic() + _START_LIMIT
+        self.calls: deque[int] = deque()
+        self.is_ready, self.deadline = False, time.monotonic() + _START_LIMIT
         function = None if pool._function is grade else pool._function  # unpickling `grade` would import the package
         self.connection.send((function, pool.timeout, pool.memory_limit, pool.calls_per_worker))
 

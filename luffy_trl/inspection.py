@@ -14,7 +14,6 @@ from datasets import Dataset, IterableDataset
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase, TrainerState
-from trl.data_utils import is_conversational
 
 from .checks import reward_name
 from .demonstrations import (
@@ -214,7 +213,7 @@ def _tokenize(rows, kept, first, function, problems) -> Iterator[tuple[int, list
     """For each usable row its position, and its traces by name and ids. A bad row is a problem, and others go on."""
     names = [name for name in ("prompt", function.field_name, "demonstration_logprobs") if name in rows]
     batch = {name: [rows[name][position] for position in kept] for name in names}
-    traces = {position: [] for position in kept}
+    traces: dict[int, list] = {position: [] for position in kept}
     try:
         for place, number, name, ids in function.tokenize(batch, [first + position for position in kept]):
             if "demonstration_logprobs" in batch:
@@ -259,7 +258,7 @@ def _score(rows, shown, prompt_ids, tokenizer, args, reward_funcs, problems):
                 log_metric=lambda name, value: None,
                 **columns,
             )
-            rewards = asyncio.run(rewards) if inspect.isawaitable(rewards) else rewards
+            rewards = asyncio.run(rewards) if inspect.iscoroutine(rewards) else rewards
         except Exception as error:  # of the user's code
             problem = f"The reward function `{reward_name(reward_func)}` fails: {type(error).__name__}: {error}"
             if problem not in problems:
@@ -303,7 +302,7 @@ def sources_of_prompt(tokenizer, prompt: str | list[dict], ids: list[int]) -> li
         and the tokenizer add) and a text.
     """
     text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    contents = [m.get("content") for m in prompt] if is_conversational({"prompt": prompt}) else [prompt]
+    contents = [prompt] if isinstance(prompt, str) else [message.get("content") for message in prompt]
     parts, start = [], 0
     for content in contents:
         content = content.strip() if isinstance(content, str) else ""

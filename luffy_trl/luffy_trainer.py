@@ -107,6 +107,11 @@ class LuffyTrainer(GRPOTrainer):
             message names the option, or the row and the field.
     """
 
+    # TRL's: micro-batches, or lists of them under a token budget; and the step of the weights that vLLM has
+    args: LuffyConfig
+    _buffered_inputs: list[Any] | None
+    _last_loaded_step: int
+
     _tag_names = ["trl", "luffy", "grpo"]
     _card_details: dict[str, Any] = {}
     _name = "LUFFY"
@@ -238,7 +243,7 @@ class LuffyTrainer(GRPOTrainer):
                     "together, and with `demonstration_policy='on_failure'` or `cache_demonstration_rewards=True` they "
                     "score different numbers of rows. Use DDP or ZeRO-2, a reward function, or neither of the options."
                 )
-        self._loss_options = {
+        self._loss_options: dict[str, Any] = {
             "shaping": Shaping(
                 args.policy_shaping,
                 gamma=args.policy_shaping_gamma,
@@ -450,11 +455,12 @@ class LuffyTrainer(GRPOTrainer):
         first_row = self.accelerator.process_index * len(inputs)  # groups span processes
         self._local_rows = slice(first_row, first_row + len(inputs))
         is_used = mode == "train" and self.args.num_demonstrations > 0
-        chosen = self._choose_demonstrations(inputs) if is_used else [None] * len(inputs)
+        nothing: list[Demonstration | None] = [None] * len(inputs)
+        chosen = self._choose_demonstrations(inputs) if is_used else nothing
         inputs = [{key: value for key, value in row.items() if key not in DEMONSTRATION_COLUMNS} for row in inputs]
         if is_used and self.args.demonstration_policy == "on_failure":
             self._fallback = inputs, chosen
-            chosen = [None] * len(inputs)  # until the rollouts have failed
+            chosen = nothing  # until the rollouts have failed
         self._show(chosen)
         self._rewards_per_func = None
         # TRL computes old log-probs where updates lag behind generation, and then those of the reference
@@ -602,7 +608,7 @@ class LuffyTrainer(GRPOTrainer):
     def _continue(self, prompt_ids, completion_ids, logps, sampled: list[int]):
         """Samples what follows the completions of some rows, up to the budget of a row, in place."""
         sampled_prompt_ids = [prompt_ids[i] + completion_ids[i] for i in sampled]
-        sampled_ids, sampled_logps = [], None
+        sampled_ids: list[list[int]] = []
         if self.use_vllm:
             sampled_ids, sampled_logps = self._generate_rollouts_with_vllm(sampled_prompt_ids, prompt_ids[0])
         elif sampled:

@@ -183,6 +183,7 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_template: str = "
 
 
 def main(args: PrepareArguments):
+    """Makes a base model ready, and saves it."""
     source, output = Path(args.model_name_or_path), Path(args.output_dir)
     if output.is_file():
         raise ValueError(f"`output_dir` {args.output_dir!r} is a file. Name a folder.")
@@ -250,4 +251,4 @@ def _same(stat: os.stat_result, other: os.stat_result) -> bool:
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser(PrepareArguments).parse_args_into_dataclasses())
+    main(*HfArgumentParser(PrepareArguments, prog="luffy prepare-model").parse_args_into_dataclasses())

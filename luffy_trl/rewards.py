@@ -3,6 +3,7 @@
 import logging
 import re
 from collections import Counter
+from typing import Any
 
 from .grading import Failure, shared_pool
 
@@ -77,6 +78,7 @@ def math_verify_reward(
         golds = [sol if ans is None else ans for ans, sol in zip(answer, solution, strict=True)]
 
     calls = []
+    completion: Any  # plain, or conversational
     for completion, gold in zip(completions, golds, strict=True):
         text = completion if isinstance(completion, str) else completion[-1].get("content") or ""
         calls.append(None if gold is None else (str(gold), _find_answers(text, require_think)))
@@ -139,7 +141,8 @@ def _find_answers(text: str, require_think: bool) -> tuple[str, ...]:
 
 
 def _find_boxes(text: str) -> tuple[str, ...]:
-    boxes, start = {}, _BOX.search(text)
+    boxes: dict[str, None] = {}
+    start = _BOX.search(text)
     while start:
         depth = 1
         for brace in _BRACE.finditer(text, start.end()):

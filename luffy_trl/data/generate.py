@@ -411,6 +411,7 @@ async def ask_all(args: GenerateArguments, checker: Checker, journal: Journal) -
 
 
 def main(args: GenerateArguments) -> Report:
+    """Asks the teacher for what is missing, and writes what is right."""
     checker, journal = Checker(args), Journal(args.journal_file)
     try:
         counts = asyncio.run(ask_all(args, checker, journal))
@@ -442,4 +443,4 @@ def main(args: GenerateArguments) -> Report:
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser(GenerateArguments).parse_args_into_dataclasses())
+    main(*HfArgumentParser(GenerateArguments, prog="luffy prepare-data generate").parse_args_into_dataclasses())

@@ -653,6 +653,8 @@ def _write_report(report: Report, folder: Path, args: OpenR1Arguments, source: s
 
 
 def main(args: OpenR1Arguments):
+    """Makes the training data that the arguments ask for."""
+
     def rows():
         for number, raw in enumerate(stream(args.dataset_name, args.dataset_split, args.dataset_config)):
             if args.verify == "flags" and "correctness_math_verify" not in raw:
@@ -663,4 +665,4 @@ def main(args: OpenR1Arguments):
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser(OpenR1Arguments).parse_args_into_dataclasses())
+    main(*HfArgumentParser(OpenR1Arguments, prog="luffy prepare-data openr1").parse_args_into_dataclasses())

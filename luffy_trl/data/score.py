@@ -12,6 +12,7 @@ The teacher has to share the policy's vocabulary. Its probabilities are those af
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -133,7 +134,7 @@ def score_demonstrations(
             progress.update(len(numbers))
 
     remaining = iter(scored)
-    column = [[next(remaining) for _ in range(n)] for n in counts]
+    column: list[Any] = [[next(remaining) for _ in range(n)] for n in counts]
     if field_name == "completion":
         column = [values[0] if values else None for values in column]
     return dataset.add_column("demonstration_logprobs", column)
@@ -149,6 +150,7 @@ def _per_token_logps(teacher: PreTrainedModel, input_ids: list[list[int]], tempe
 
 
 def main(args: ScoreArguments):
+    """Writes the dataset with the log-probabilities of its traces."""
     writers = {".parquet": Dataset.to_parquet, ".jsonl": Dataset.to_json}
     output = Path(args.output_file)
     if output.suffix not in writers:
@@ -174,4 +176,4 @@ def main(args: ScoreArguments):
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser(ScoreArguments).parse_args_into_dataclasses())
+    main(*HfArgumentParser(ScoreArguments, prog="luffy prepare-data score").parse_args_into_dataclasses())

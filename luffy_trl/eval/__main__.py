@@ -16,7 +16,7 @@ from .runner import EvaluationArguments, evaluate
 
 
 if __name__ == "__main__":
-    (args,) = TrlParser(EvaluationArguments, prog="python -m luffy_trl.eval").parse_args_and_config()
+    (args,) = TrlParser(EvaluationArguments, prog="luffy eval").parse_args_and_config()
     summary = evaluate(args)
     print(to_markdown(summary))
     print(f"Results are in {Path(args.output_dir).resolve()}.")

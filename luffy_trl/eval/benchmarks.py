@@ -270,7 +270,8 @@ def _load_files(files: list[str]) -> dict[str, list[Question]]:
             seen.add(key)
             source = row["data_source"]
             name = names.get(source, source)
-            text, options = messages[-1]["content"], ()
+            options: tuple[str, ...] = ()
+            text = messages[-1]["content"]
             if is_multiple_choice(name):
                 text, options, gold = _split_options(where, text, gold)
             system_prompt = messages[0]["content"] if len(messages) == 2 else None

@@ -5,6 +5,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -201,7 +202,7 @@ def plot_pass_at_k(summary: dict[str, dict], path: str | Path) -> bool:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1 + 3 * len(benchmarks), 3.5), layout="constrained")
-    panels = figure.subplots(1, len(benchmarks), squeeze=False, sharey=True)
+    panels: Any = figure.subplots(1, len(benchmarks), squeeze=False, sharey=True)
     for axes, name in zip(panels[0], benchmarks, strict=True):
         for model, entry in summary.items():
             curve = entry["benchmarks"][name]["pass_at_k"]

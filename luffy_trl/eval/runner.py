@@ -10,6 +10,7 @@ import os
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -371,7 +372,8 @@ class _Run:
         args = self.args
         if args.engine == "server":
             return ServerBackend(self.model, self.sampling, self.base_url, args.num_concurrent)
-        options = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
+        vllm_kwargs: Any = args.vllm_kwargs or {}  # parsed by now
+        options: dict[str, Any] = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
         if args.engine == "transformers":
             return TransformersBackend(self.model, self.tokenizer, self.sampling, args.batch_size, **options)
         return VLLMBackend(
@@ -382,7 +384,7 @@ class _Run:
             max_model_len=args.max_model_len,
             seed=args.seed,
             **options,
-            **(args.vllm_kwargs or {}),
+            **vllm_kwargs,
         )
 
     def _within_context(self, questions: list[Question], max_length: int | None) -> list[Request]:

@@ -36,6 +36,7 @@ class CardArguments:
 
 
 def main(args: CardArguments):
+    """Adds the results of an evaluation to the card of a model."""
     folder = Path(args.model_dir)
     evaluation_dir = Path(args.evaluation_dir or folder / EVALUATION_DIR)
     for path, advice in (

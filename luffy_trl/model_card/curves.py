@@ -3,6 +3,7 @@
 """Curves of a run, drawn from the trainer's log."""
 
 from pathlib import Path
+from typing import Any
 
 
 # Panels of a picture: a title, and the metrics in it with their labels.
@@ -64,7 +65,7 @@ def draw_curves(log_history: list[dict], folder: Path, titles: dict[str, str]) -
         num_columns = min(2, len(drawn))
         num_rows = -(-len(drawn) // num_columns)
         figure = Figure(figsize=(4.8 * num_columns, 3 * num_rows), layout="constrained")
-        all_axes = figure.subplots(num_rows, num_columns, squeeze=False).flat
+        all_axes: Any = figure.subplots(num_rows, num_columns, squeeze=False).flat
         for axes, (title, curves) in zip(all_axes, drawn, strict=False):
             for label, points in curves.items():
                 axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 40 else None)

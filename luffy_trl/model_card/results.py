@@ -59,7 +59,7 @@ def results_in_training(trainer: "LuffyTrainer") -> tuple[list[EvalResult], list
             first, last = (f"{100 * log[i][f'eval/{name}']:.1f} (update {log[i]['step']})" for i in (0, -1))
             rows.append((f"{benchmark_title(name)}, {num_questions} questions", first, last))
             if log[-1]["step"] == step:
-                details = {"num_questions": num_questions, "num_samples": num_samples}
+                details: dict[str, float] = {"num_questions": num_questions, "num_samples": num_samples}
                 details |= {"temperature": callback.sampling.temperature, "top_p": callback.sampling.top_p}
                 results.append(_result(name, num_samples, log[-1][f"eval/{name}"], details))
     return results, rows

@@ -257,9 +257,9 @@ def _write_rewards(report: Report, traces: list[Trace], reward_funcs: list[Calla
         numbers = [f"{f(values):.3g}" if values else "-" for f in (min, mean, max)]
         rows.append([reward_name(func), len(values), *numbers, sum(value == 0 for value in values)])
     report.table(["", "scored", "min", "mean", "max", "zero"], rows)
-    for func in reward_funcs:
-        if isinstance(func, str):
-            report.line(f"  {reward_name(func)} is a model, and not loaded.")
+    for model in reward_funcs:
+        if isinstance(model, str):
+            report.line(f"  {reward_name(model)} is a model, and not loaded.")
     nothing = [t for t in traces if not t.total > 0]
     if scored and nothing:
         report.line(f"  Without a positive reward, {len(nothing)} of {len(traces)}:", "yellow")
@@ -339,6 +339,7 @@ def write_estimates(report: Report, findings: Findings, args: PlannedConfig, mod
 
 
 def make_parser(**kwargs) -> TrlParser:
+    """The parser of the command line."""
     parser = TrlParser((InspectArguments, LuffyScriptArguments, PlannedConfig, ModelConfig), **kwargs)
     parser.add_argument("dataset", nargs="?", help="Short for --dataset_name.")
     parser.add_argument("--model", help="Short for --model_name_or_path.")

@@ -11,6 +11,7 @@ follows its prompt as the policy would have sampled it, ends in one end-of-seque
 
 import json
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import AutoTokenizer
 from trl import (
@@ -83,6 +84,7 @@ class TraceSFTConfig(SFTConfig):
 
 
 def main(script_args: SFTScriptArguments, training_args: TraceSFTConfig, model_args: ModelConfig):
+    """Trains a model on the traces."""
     if script_args.dataset_name is None:
         raise ValueError("`dataset_name` is required: a dataset on the Hub, a local folder or a file.")
     load_options = {
@@ -94,20 +96,20 @@ def main(script_args: SFTScriptArguments, training_args: TraceSFTConfig, model_a
         tokenizer, load_generation_config(model_args.model_name_or_path, **load_options)
     )
 
+    chat_template_kwargs: Any = script_args.chat_template_kwargs  # parsed by now
+
     def load(split):
         dataset = load_data(script_args.dataset_name, split, script_args.dataset_config, script_args.dataset_streaming)
-        dataset = without_long_prompts(
-            dataset, tokenizer, script_args.max_prompt_length, script_args.chat_template_kwargs
-        )
+        dataset = without_long_prompts(dataset, tokenizer, script_args.max_prompt_length, chat_template_kwargs)
         dataset = tokenize_demonstrations(
             dataset,
             tokenizer,
             eos_token_ids,
             max_length=script_args.max_completion_length,
             overflow=script_args.demonstration_overflow,
-            chat_template_kwargs=script_args.chat_template_kwargs,
+            chat_template_kwargs=chat_template_kwargs,
         )
-        return to_supervised(dataset, tokenizer, script_args.chat_template_kwargs)
+        return to_supervised(dataset, tokenizer, chat_template_kwargs)
 
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -134,6 +136,7 @@ def main(script_args: SFTScriptArguments, training_args: TraceSFTConfig, model_a
 
 
 def make_parser(**kwargs) -> TrlParser:
+    """The parser of the command line, for `luffy` as well."""
     return TrlParser((SFTScriptArguments, TraceSFTConfig, ModelConfig), **kwargs)
 
 

@@ -92,6 +92,7 @@ class LuffyScriptArguments(ScriptArguments):
 
 
 def get_reward_funcs(args: LuffyScriptArguments) -> list:
+    """The reward functions and models that the arguments name."""
     reward_funcs = []
     for name in args.reward_funcs:
         if name in REWARD_FUNCS:
@@ -139,6 +140,7 @@ def check_first_rows(dataset, tokenizer, training_args: LuffyConfig, model_args:
 
 
 def main(script_args: LuffyScriptArguments, training_args: LuffyConfig, model_args: ModelConfig):
+    """Trains a model."""
     if script_args.dataset_name is None:
         raise ValueError("`dataset_name` is required: a dataset on the Hub, a local folder or a file.")
     if model_args.model_name_or_path is None:
@@ -209,6 +211,7 @@ def main(script_args: LuffyScriptArguments, training_args: LuffyConfig, model_ar
 
 
 def make_parser(**kwargs) -> TrlParser:
+    """The parser of the command line, for `luffy` as well."""
     return TrlParser((LuffyScriptArguments, LuffyConfig, ModelConfig), **kwargs)
 
 
