@@ -61,15 +61,15 @@ def main(argv: list[str] | None = None) -> int:
         args = _with_shipped_recipe(args)
     if command in LAUNCHED:
         return _launch(command, args)
-    prog, module = f"luffy {command}", COMMANDS[command][0]
+    module = COMMANDS[command][0]
     if command == "prepare-data":
-        parser = _make_parser(prog, PREPARE_DATA)
+        parser = _make_parser("luffy prepare-data", PREPARE_DATA)
         kind, args = parser.parse_args(args[:1]).command, args[1:]
         if kind is None:
             parser.print_help()
             return 0
-        prog, module = f"{prog} {kind}", PREPARE_DATA[kind][0]
-    return _run(module, prog, args)
+        module = PREPARE_DATA[kind][0]
+    return _run(module, args)
 
 
 def _make_parser(prog: str, commands: dict[str, tuple[str | None, str]]) -> argparse.ArgumentParser:
@@ -80,9 +80,9 @@ def _make_parser(prog: str, commands: dict[str, tuple[str | None, str]]) -> argp
     return parser
 
 
-def _run(module: str, prog: str, args: list[str]) -> int:
-    """Runs a module as `python -m` does, under the name of the command."""
-    old_argv, sys.argv = sys.argv, [prog, *args]
+def _run(module: str, args: list[str]) -> int:
+    """Runs a module as `python -m` does."""
+    old_argv, sys.argv = sys.argv, [module, *args]
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     finally:

@@ -1,0 +1,175 @@
+# Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
+
+"""The command `luffy`: what it runs is what `python -m` and `accelerate launch` run."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+from datasets import Dataset
+from safetensors.torch import load_file
+
+from luffy_trl import cli
+
+
+ROOT = Path(__file__).parent.parent
+RIGHT = [
+    {"prompt": f"{i}+1=", "demonstrations": [rf"<think>{i}</think>\boxed{{{i + 1}}}"], "answer": str(i + 1)}
+    for i in range(8)
+]
+
+
+def luffy(*arguments, cwd, env=None, timeout=120):
+    return subprocess.run(
+        [sys.executable, "-m", "luffy_trl", *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def run_flags(folder, **kwargs):
+    Dataset.from_list(RIGHT).to_json(folder / "train.jsonl")
+    values = {
+        "model_name_or_path": tiny.save_tiny_model(folder / "model"),
+        "dataset_name": "train.jsonl",
+        "output_dir": "out",
+        "max_steps": 1,
+        "max_completion_length": 16,
+        "per_device_train_batch_size": 8,
+        "bf16": "false",
+        "use_cpu": "true",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        **kwargs,
+    }
+    return [part for name, value in values.items() for part in (f"--{name}", value)]
+
+
+def test_help_names_the_commands_and_loads_no_torch(capsys):
+    assert cli.main([]) == 0
+    output = capsys.readouterr().out
+    for name in ("train", "sft", "inspect", "prepare-data", "prepare-model", "eval"):
+        assert f"\n    {name}" in output
+    assert cli.main(["prepare-data"]) == 0
+    output = capsys.readouterr().out
+    assert all(f"\n    {name}" in output for name in ("openr1", "generate", "score"))
+    code = "import sys, luffy_trl.cli as c; c.main([]); assert 'torch' not in sys.modules and 'trl' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (["prepare-data", "openr1"], "--evaluation_files"),
+        (["prepare-data", "generate"], "--base_url"),
+        (["prepare-data", "score"], "--teacher_name_or_path"),
+        (["prepare-model"], "--max_position_embeddings"),
+        (["eval"], "--benchmarks"),
+        (["inspect"], "--max_tokens_shown"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_each_command_is_its_module(arguments, option, capsys):
+    argv = list(sys.argv)
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main([*arguments, "-h"])
+    output = capsys.readouterr().out
+    assert exit_info.value.code == 0
+    assert output.startswith(f"usage: luffy {' '.join(arguments)} [-h]") and option in output
+    assert sys.argv == argv
+
+
+def test_prepare_model_and_inspect_run(tmp_path, monkeypatch):
+    """Two commands that do their work, and the exit status that one of them ends with."""
+    run_flags(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["prepare-model", "--model_name_or_path", "model", "--output_dir", "ready"]) == 0
+    assert (tmp_path / "ready" / "model.safetensors").exists()
+    inspected = luffy("inspect", "train.jsonl", "--model", "ready", "--config", "luffy_on_failure", cwd=tmp_path)
+    assert inspected.returncode == 0, inspected.stderr
+    assert "math_verify_reward       8    1     1    1     0" in inspected.stdout
+    assert "\x1b" not in inspected.stdout and "Reading rows" not in inspected.stdout
+    (tmp_path / "train.jsonl").write_text(json.dumps({**RIGHT[0], "demonstrations": [""]}))
+    with pytest.raises(SystemExit, match="1"):
+        cli.main(["inspect", "train.jsonl", "--model", "ready"])
+
+
+def test_train_launches_accelerate(tmp_path):
+    """A recipe by its name, a launch file by its name, an option of accelerate, and two processes."""
+    arguments = run_flags(tmp_path, steps_per_generation=1, gradient_accumulation_steps=1, use_vllm="false")
+    result = luffy(
+        *("train", "--config", "quickstart", "--num_processes", 2, *arguments, "--accelerate_config", "multi_gpu"),
+        *("--mixed_precision", "no", "--main_process_port", 0, "--eval_strategy", "no", "--eval_on_start", "false"),
+        cwd=tmp_path,
+        env={"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    (log, _) = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert log["demonstrations/reward"] == 1.0
+    recipe = yaml.safe_load((cli.PACKAGE / "recipes" / "quickstart.yaml").read_text())
+    assert log["learning_rate"] == recipe["learning_rate"] == 3e-4
+    # two processes of eight sequences: prompts of 4 tokens, two traces of 13, and 14 rollouts of at most 16
+    assert 16 * 4 + 2 * 13 + 14 < log["num_tokens"] <= 16 * 4 + 2 * 13 + 14 * 16
+    assert load_file(tmp_path / "out" / "model.safetensors")
+
+
+def test_an_error_of_the_script_is_the_last_word(tmp_path, monkeypatch, capfd):
+    arguments = run_flags(tmp_path, num_generations=3)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "--accelerate_config", "cpu", *map(str, arguments)]) == 1
+    last_line = capfd.readouterr().err.strip().splitlines()[-1]
+    assert last_line.startswith("ValueError: `num_generations=3` does not divide the 8 completions that are generated")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "nope"], "There is no recipe 'nope'. `--config` takes a YAML file, or one of: chord, grpo_bas"),
+        (["--num_demonstration_s", "2"], "`luffy train` and accelerate know no argument '--num_demonstration_s'."),
+    ],
+)
+def test_mistakes(arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        cli.main(["train", *arguments])
+
+
+def test_an_unknown_accelerate_config():
+    with pytest.raises(ValueError, match="Accelerate config zero9 is neither a file nor a valid config"):
+        cli.main(["train", "--accelerate_config", "zero9"])
+
+
+def test_a_shipped_file_does_not_hide_the_users(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = str(cli.PACKAGE / "recipes" / "sft.yaml")
+    assert cli._with_shipped_recipe(["--seed", "1", "--config", "sft"]) == ["--seed", "1", "--config", shipped]
+    Path("sft").write_text("seed: 1")
+    assert cli._with_shipped_recipe(["--config", "sft"]) == ["--config", "sft"]
+
+
+def test_the_wheel_has_the_command_the_recipes_and_the_launch_files(tmp_path):
+    """Built as it lies here; `examples/configs` and `accelerate_configs` are links to what the package has."""
+    assert (ROOT / "examples" / "configs").resolve() == cli.PACKAGE / "recipes"
+    assert (ROOT / "accelerate_configs").resolve() == cli.PACKAGE / "accelerate_configs"
+    for name in ("luffy_trl", "pyproject.toml", "README.md", "LICENSE"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    code = "from setuptools.build_meta import build_wheel; build_wheel('.')"
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for folder in ("recipes", "accelerate_configs"):
+        files = {f"luffy_trl/{folder}/{path.name}" for path in (cli.PACKAGE / folder).glob("*.yaml")}
+        assert len(files) >= 6 and files <= names
+    assert {"luffy_trl/scripts/train.py", "luffy_trl/scripts/sft.py"} <= names
+    (entry_points,) = [name for name in names if name.endswith("entry_points.txt")]
+    assert "luffy = luffy_trl.cli:main" in zipfile.ZipFile(wheel).read(entry_points).decode()
