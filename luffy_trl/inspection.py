@@ -259,13 +259,16 @@ def _score(rows, shown, prompt_ids, tokenizer, args, reward_funcs, problems):
                 **columns,
             )
             rewards = asyncio.run(rewards) if inspect.iscoroutine(rewards) else rewards
+            rewards = [None if reward is None or reward != reward else float(reward) for reward in rewards]
+            if len(rewards) != len(shown):
+                raise ValueError(f"it returns {len(rewards)} rewards for {len(shown)} completions")
         except Exception as error:  # of the user's code
             problem = f"The reward function `{reward_name(reward_func)}` fails: {type(error).__name__}: {error}"
             if problem not in problems:
                 problems.append(problem)
             rewards = [None] * len(shown)
         for (position, trace, ids), completion, reward in zip(shown, completions, rewards, strict=True):
-            trace.rewards.append(None if reward is None or reward != reward else float(reward))
+            trace.rewards.append(reward)
             if trace.rewards[-1] is not None:
                 total = 0.0 if math.isnan(trace.total) else trace.total
                 trace.total = total + weights[number] * trace.rewards[-1]

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from accelerate.logging import get_logger
 from transformers import AutoTokenizer
+from transformers.utils import is_peft_available
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 from trl.rewards import accuracy_reward, reasoning_accuracy_reward, think_format_reward
 
@@ -147,6 +148,8 @@ def main(script_args: LuffyScriptArguments, training_args: LuffyConfig, model_ar
         raise ValueError("`model_name_or_path` is required: a model on the Hub, or a local folder.")
     reward_funcs = get_reward_funcs(script_args)
     check_machine(training_args)
+    if model_args.use_peft and not is_peft_available():
+        raise ValueError("`use_peft=True` needs PEFT, which is not installed here: `pip install luffy-trl[peft]`.")
     if training_args.process_index == 0:
         check_vllm_server(training_args)
     training_args.model_init_kwargs = {
