@@ -21,6 +21,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
+import luffy_trl.checks
 from luffy_trl import LuffyTrainer
 
 
@@ -84,7 +85,7 @@ class StandIn:
 
 def choose_engine():
     if os.environ["ENGINE"] == "stand-in":
-        boundary.is_vllm_available = lambda: True
+        boundary.is_vllm_available = luffy_trl.checks.is_vllm_available = lambda: True
         boundary.SamplingParams = SimpleNamespace
         engine = StandIn
     else:
