@@ -18,11 +18,13 @@ import importlib
 import inspect
 import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import tiny
@@ -212,7 +214,8 @@ def run_module(module, arguments, is_run, command=None):
     if command:
         run_cli([*command, *arguments])
     else:
-        cli._run(module, module, arguments)
+        with patch.object(sys, "argv", [module, *arguments]):
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def check_accelerate(arguments, is_run):
