@@ -44,7 +44,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.chat_template_utils import parse_response
 from trl.data_utils import is_conversational
-from trl.extras.profiling import profiling_context
 from trl.trainer import grpo_trainer
 from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
 from trl.trainer.utils import get_config_model_id, nanmax, nanmin, nanstd
@@ -107,10 +106,8 @@ class LuffyTrainer(GRPOTrainer):
             message names the option, or the row and the field.
     """
 
-    # TRL's: micro-batches, or lists of them under a token budget; and the step of the weights that vLLM has
     args: LuffyConfig
-    _buffered_inputs: list[Any] | None
-    _last_loaded_step: int
+    _buffered_inputs: list[Any] | None  # TRL's micro-batches, or lists of them under a token budget
 
     _tag_names = ["trl", "luffy", "grpo"]
     _card_details: dict[str, Any] = {}
@@ -640,11 +637,6 @@ class LuffyTrainer(GRPOTrainer):
         each takes its own. Where a colocated engine has nothing to sample, it samples the spare prompt for nothing:
         only after generating does it go to sleep and meet the barriers that other engines wait at.
         """
-        if self.state.global_step != self._last_loaded_step:  # all processes, those without a rollout too
-            with profiling_context(self, "sync_weights"):
-                self.vllm_generation.sync_weights()
-            self._last_loaded_step = self.state.global_step
-
         is_server = self.vllm_mode == "server"
         if not is_server and self.vllm_generation.tensor_parallel_size == 1:
             result = super()._generate_single_turn(prompt_ids or [spare_prompt_ids], None, {}, 1)
