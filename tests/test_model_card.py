@@ -56,7 +56,7 @@ def pushed(files):
 def hub(tmp_path_factory):
     """A server to which two trainers have pushed, with outages; and their folders."""
     folder = tmp_path_factory.mktemp("hub")
-    tiny.save_tiny_model(folder / "model")
+    tiny.save_tiny_model(folder / "model", hidden_size=64)  # heads of 32, which vLLM wants on the CPU
     row = {"data_source": "sums", "reward_model": {"ground_truth": "1"}}
     rows = [{**row, "prompt": [{"role": "user", "content": f"{i}+1="}]} for i in range(3)]
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -61,10 +61,10 @@ def make_model(tokenizer, seed=0, **kwargs):
     return Qwen2ForCausalLM(config)
 
 
-def save_tiny_model(path, chat_template=CHATML, seed=0):
+def save_tiny_model(path, chat_template=CHATML, seed=0, **kwargs):
     """A local folder with the model and the tokenizer, as `from_pretrained` wants it."""
     tokenizer = make_tokenizer(chat_template)
-    make_model(tokenizer, seed).save_pretrained(path)
+    make_model(tokenizer, seed, **kwargs).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)
 

@@ -197,14 +197,15 @@ def main(script_args: LuffyScriptArguments, training_args: LuffyConfig, model_ar
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    # A local folder or file means nothing to the readers of a model card
+    hub_dataset = None if Path(script_args.dataset_name).exists() else script_args.dataset_name
+    trainer.create_model_card(dataset_name=hub_dataset)  # for the cards that are pushed with checkpoints too
     resume = training_args.resume_from_checkpoint
     # "true" takes the last checkpoint in `output_dir`
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
 
     trainer.save_model(training_args.output_dir)
     trainer.save_state()
-    # A local folder or file means nothing to the readers of a model card
-    hub_dataset = None if Path(script_args.dataset_name).exists() else script_args.dataset_name
     trainer.create_model_card(dataset_name=hub_dataset)
     trainer.accelerator.print(f"The model is in {training_args.output_dir}.")
     if training_args.push_to_hub:
