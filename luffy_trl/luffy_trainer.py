@@ -42,8 +42,6 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
-from trl.chat_template_utils import parse_response
-from trl.data_utils import is_conversational
 from trl.trainer import grpo_trainer
 from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
 from trl.trainer.utils import get_config_model_id, nanmax, nanmin, nanstd
@@ -54,6 +52,7 @@ from .demonstrations import (
     DEMONSTRATION_COLUMNS,
     Demonstration,
     choose_demonstrations,
+    decode_completion,
     find_eos_token_ids,
     load_generation_config,
     tokenize_demonstrations,
@@ -695,7 +694,7 @@ class LuffyTrainer(GRPOTrainer):
         if any(gather_object([len(prefixes)])):
             self._continue(prompt_ids, completion_ids, logps, prefixes)
         for i in replaced:
-            completions[i] = self._decode(prompts[i], prompt_ids[i], completion_ids[i])
+            completions[i] = decode_completion(self._tokenizer, prompts[i], prompt_ids[i], completion_ids[i])
 
         rewards_per_func = rollout_rewards_per_func[self._local_rows].clone()
         self._score(replaced, rewards_per_func, inputs, prompts, completions, completion_ids)
@@ -722,15 +721,6 @@ class LuffyTrainer(GRPOTrainer):
         self._pending_extra_logs.update(extra_logs)
         if self.args.cache_demonstration_rewards:
             self._reward_cache |= {traces[row]: rewards_per_func[row].clone() for row in rows if traces[row]}
-
-    def _decode(self, prompt: str | list[dict], prompt_ids: list[int], ids: list[int]) -> str | list[dict]:
-        """A completion as reward functions see it, decoded as `_generate` does it."""
-        tokenizer = self._tokenizer
-        if not is_conversational({"prompt": prompt}):
-            return tokenizer.decode(ids, skip_special_tokens=True)
-        if getattr(tokenizer, "response_template", None) or getattr(tokenizer, "response_schema", None):
-            return [parse_response(tokenizer, ids, prefix=prompt_ids, tools=self.tools)]
-        return [{"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)}]
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         # TRL makes its metrics from what this returns: the rewards of rollouts, and NaN, which they skip, for rows that
