@@ -538,7 +538,13 @@ class LuffyTrainer(GRPOTrainer):
         """Metrics of the generation batch that every process can compute from what has been gathered anyway."""
         metrics = self._metrics["train"]
         if self._is_demonstration.any():
-            metrics["demonstrations/reward"].append(rewards[self._is_demonstration].nanmean().item())
+            demonstration_reward = rewards[self._is_demonstration].nanmean().item()
+            metrics["demonstrations/reward"].append(demonstration_reward)
+            if demonstration_reward <= 0 and not (rewards > 0)[self._is_demonstration].any():
+                logger.warning_once(
+                    "No demonstration of a generation batch earns a reward: the policy learns to avoid them. See why with "
+                    "`luffy inspect`; most often the reward wants a form of answer that the traces do not have."
+                )
             lengths = self._demonstration_lengths[self._is_demonstration]
             metrics["demonstrations/length"].append(lengths.float().mean().item())
         # A rollout solves its problem where it earns 1 from each reward function that applies to it. Rows that no

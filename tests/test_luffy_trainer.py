@@ -987,6 +987,19 @@ def test_a_single_rollout_has_no_spread(model_path, tmp_path):
     assert trainer.state.log_history[0]["frac_reward_zero_std"] == 1
 
 
+@pytest.mark.parametrize("reward", [0.0, 1.0])
+def test_traces_that_the_reward_rejects_are_named(model_path, tmp_path, caplog, reward):
+    trainer = LuffyTrainer(
+        model_path,
+        lambda completions, **kwargs: [reward * value for value in tiny.is_demonstration_text(completions)],
+        tiny.make_args(tmp_path),
+        Dataset.from_list(tiny.addition_rows(2)),
+    )
+    with caplog.at_level("WARNING"):
+        trainer.train()
+    assert ("No demonstration of a generation batch earns a reward" in caplog.text) == (reward == 0.0)
+
+
 def test_dropped_traces_are_counted(model_path, tmp_path):
     trainer = LuffyTrainer(
         model_path,
