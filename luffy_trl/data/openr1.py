@@ -163,7 +163,8 @@ def stream(name: str, split: str = "train", config: str | None = None) -> Iterat
         return
     for file in files:
         with fsspec.open(file) as opened:
-            for batch in pq.ParquetFile(opened).iter_batches(batch_size=_ROWS_PER_BATCH):
+            # `pre_buffer` keeps the compressed bytes of all that it has read
+            for batch in pq.ParquetFile(opened, pre_buffer=False).iter_batches(batch_size=_ROWS_PER_BATCH):
                 yield from batch.to_pylist()
 
 
