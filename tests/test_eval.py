@@ -19,6 +19,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import TrlParser
 
@@ -808,6 +809,28 @@ def test_without_vllm(tmp_path, speaker):
     write_questions(tmp_path / "data.parquet")
     with pytest.raises(ImportError, match=r"pip install luffy-trl\[vllm\]"):
         evaluate(make_args(tmp_path, speaker, backend="vllm"))
+
+
+def test_an_adapter(tmp_path):
+    write_questions(tmp_path / "data.parquet")
+    base = tiny.save_tiny_model(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    adapter = str(tmp_path / "adapter")
+    model.save_pretrained(adapter)
+    merged = str(tmp_path / "merged")
+    model.merge_and_unload().save_pretrained(merged)
+    for folder in (adapter, merged):
+        AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    models = {"model_name_or_path": [base, adapter, merged]}
+    evaluate(make_args(tmp_path, None, num_samples=1, temperature=0.0, **models))
+    texts = [
+        {key: row["samples"][0]["text"] for key, row in read_rows(tmp_path / "out", f"*{name}").items()}
+        for name in ("base", "adapter", "merged")
+    ]
+    assert len(texts[0]) == 8 and texts[0] != texts[1] == texts[2]
+    with pytest.raises(ValueError, match=f"adapter' is a LoRA adapter of '{base}'. Evaluate it with `--backend trans"):
+        evaluate(make_args(tmp_path, adapter, backend="vllm"))
 
 
 # Arguments

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
+from transformers.utils import is_peft_available
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..demonstrations import find_eos_token_ids, load_generation_config
 from .backends import Request, Sampling, ServerBackend, TransformersBackend, VLLMBackend, sample_seed
@@ -303,7 +305,7 @@ class _Run:
         args = self.args
         remote = {"trust_remote_code": args.trust_remote_code}
         self.tokenizer = AutoTokenizer.from_pretrained(self.model, **remote)
-        eos_token_ids = find_eos_token_ids(self.tokenizer, load_generation_config(self.model, **remote))
+        eos_token_ids = find_eos_token_ids(self.tokenizer, load_generation_config(self._base_model(), **remote))
         self.sampling = Sampling(args.temperature, args.top_p, tuple(eos_token_ids))
         for number, question in enumerate(questions):
             name = question.benchmark
@@ -316,6 +318,21 @@ class _Run:
                 for sample in range(self.stores[name].settings["num_samples"]):
                     seed = sample_seed(args.seed, name, question.index, sample)
                     self.requests.append(Request(number, sample, ids, seed, args.max_tokens))
+
+    def _base_model(self) -> str:
+        """The model itself, or the one that it is an adapter of: an adapter has no configuration of its own."""
+        path = find_adapter_config_file(self.model)
+        if path is None:
+            return self.model
+        base_model = json.loads(Path(path).read_text())["base_model_name_or_path"]
+        if self.args.engine == "vllm":
+            raise ValueError(
+                f"{self.model!r} is a LoRA adapter of {base_model!r}. Evaluate it with `--backend transformers`, or "
+                "merge it first, with PEFT's `merge_and_unload`, and put the tokenizer beside it."
+            )
+        if self.args.engine == "transformers" and not is_peft_available():
+            raise ValueError(f"{self.model!r} is a LoRA adapter, and needs PEFT: `pip install luffy-trl[peft]`.")
+        return base_model
 
     def _settings(self, benchmark: str) -> dict:
         args = self.args
