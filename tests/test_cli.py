@@ -16,6 +16,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from luffy_trl import cli
+from luffy_trl.scripts.train import LuffyScriptArguments, get_reward_funcs, make_parser
 
 
 ROOT = Path(__file__).parent.parent
@@ -141,6 +142,35 @@ def test_an_error_of_the_script_is_the_last_word(tmp_path, monkeypatch, capfd):
 def test_mistakes(arguments, message):
     with pytest.raises(SystemExit, match=message):
         cli.main(["train", *arguments])
+
+
+def test_a_missing_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "httpx", None)
+    with pytest.raises(ImportError, match=r"traces, httpx is needed: `pip install luffy-trl\[data\]`"):
+        cli.main(["prepare-data", "generate", "-h"])
+
+
+def test_a_single_reward_in_a_recipe(tmp_path, monkeypatch):
+    (tmp_path / "recipe.yaml").write_text("reward_funcs: lone_rewards.one\neval_dataset_names: held_out.jsonl\n")
+    (tmp_path / "lone_rewards.py").write_text("def one(completions, **kwargs):\n    return [1.0] * len(completions)\n")
+    monkeypatch.chdir(tmp_path)
+    flags = ["--output_dir", "out", "--use_cpu", "true", "--bf16", "false"]
+    args, *_ = make_parser().parse_args_and_config(["--config", "recipe.yaml", *flags])
+    assert args.eval_dataset_names == ["held_out.jsonl"]
+    (reward_func,) = get_reward_funcs(args)
+    assert reward_func(["a", "b"]) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_such_rewards.one", "'no_such_rewards.one' cannot be loaded: No module named 'no_such_rewards'"),
+        ("math.one", "'math.one' cannot be loaded: module 'math' has no attribute 'one'"),
+    ],
+)
+def test_a_reward_that_is_not_there(name, message):
+    with pytest.raises(ValueError, match=message):
+        get_reward_funcs(LuffyScriptArguments(reward_funcs=[name]))
 
 
 def test_an_unknown_accelerate_config():

@@ -24,11 +24,16 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
-import httpx
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from .openr1 import Checker, OpenR1Arguments, Report, stream, to_row, write_training_data
+
+
+try:
+    import httpx
+except ImportError as error:
+    raise ImportError("To ask a teacher for traces, httpx is needed: `pip install luffy-trl[data]`.") from error
 
 
 _RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 529}

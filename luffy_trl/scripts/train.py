@@ -91,6 +91,11 @@ class LuffyScriptArguments(ScriptArguments):
         default=None, metadata={"help": "A reward model to add to the reward functions."}
     )
 
+    def __post_init__(self):
+        for name in ("eval_dataset_names", "reward_funcs"):  # a single one in a YAML file is no list
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, [getattr(self, name)])
+
 
 def get_reward_funcs(args: LuffyScriptArguments) -> list:
     """The reward functions and models that the arguments name."""
@@ -101,7 +106,13 @@ def get_reward_funcs(args: LuffyScriptArguments) -> list:
         elif "." in name:
             module, _, attribute = name.rpartition(".")
             sys.path.insert(0, os.getcwd())
-            reward_func = getattr(importlib.import_module(module), attribute)
+            try:
+                reward_func = getattr(importlib.import_module(module), attribute)
+            except (ModuleNotFoundError, AttributeError) as error:
+                raise ValueError(
+                    f"`reward_funcs`: {name!r} cannot be loaded: {error}. It is a function's name behind that of its "
+                    f"module, which is looked for in the current folder, {os.getcwd()}, and in what is installed."
+                ) from error
         else:
             raise ValueError(
                 f"Unknown reward function {name!r}. Choose from {', '.join(REWARD_FUNCS)}, or give the dotted path of "
