@@ -127,7 +127,8 @@ def _launch(command: str, args: list[str]) -> int:
         launch_args = resolve_accelerate_config_argument(launch_args)
     known, unknown = launcher.parse_known_args([*launch_args, "--module", module])
     if unknown or known.training_script != module:
-        name = next((name for name in (*unknown, known.training_script) if name.startswith("--")), unknown[0])
+        names = [*unknown, known.training_script]
+        name = next((name for name in names if name.startswith("--")), names[0])
         raise SystemExit(f"`luffy {command}` and accelerate know no argument {name!r}. See `luffy {command} -h`.")
     try:
         launch_command(launcher.parse_args([*launch_args, "--module", module, *script_args]))

@@ -137,6 +137,7 @@ def test_an_error_of_the_script_is_the_last_word(tmp_path, monkeypatch, capfd):
     [
         (["--config", "nope"], "There is no recipe 'nope'. `--config` takes a YAML file, or one of: chord, grpo_bas"),
         (["--num_demonstration_s", "2"], "`luffy train` and accelerate know no argument '--num_demonstration_s'."),
+        (["data.jsonl", "--max_steps", "1"], "`luffy train` and accelerate know no argument 'data.jsonl'."),
     ],
 )
 def test_mistakes(arguments, message):
