@@ -249,7 +249,7 @@ def test_wandb_offline(tmp_path, monkeypatch):
     [
         (["--reward_funcs", "nonsense"], "Unknown reward function 'nonsense'. Choose from math_verify_reward"),
         (["--reward_funcs", "accuracy_reward", "--require_think", "true"], "is an option of `math_verify_reward`"),
-        (["--dataset_name", "nowhere.jsonl"], "There is no file 'nowhere.jsonl'. Check `dataset_name`"),
+        (["--dataset_name", "nowhere.jsonl"], "There is no file 'nowhere.jsonl'. Check `dataset_name`,"),
     ],
 )
 def test_mistakes_on_the_command_line(arguments, message, tmp_path):

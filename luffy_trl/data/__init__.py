@@ -48,7 +48,7 @@ def load_data(
         return dataset.to_iterable_dataset() if streaming else dataset
     if path.suffix in _BUILDERS:
         if not path.is_file():
-            raise ValueError(f"There is no file {name!r}. Check `dataset_name` and `eval_dataset_names`.")
+            raise ValueError(f"There is no file {name!r}. Check `dataset_name`, `eval_dataset_names` or `data_files`.")
         return load_dataset(_BUILDERS[path.suffix], data_files=name, split="train", streaming=streaming)
     return load_dataset(name, config, split=split, streaming=streaming)
 
