@@ -28,11 +28,16 @@ _TRACKERS = ("wandb", "trackio", "tensorboard", "mlflow", "comet_ml", "swanlab")
 _PASSED = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
 
 
+def without_options(reward_func: Any) -> Any:
+    """A reward function itself, where `functools.partial` has set options of it."""
+    return reward_func.func if isinstance(reward_func, functools.partial) else reward_func
+
+
 def reward_name(reward_func: Callable | str) -> str:
     """The name under which TRL logs a reward function."""
     if isinstance(reward_func, str):
         return reward_func.split("/")[-1]
-    reward_func = reward_func.func if isinstance(reward_func, functools.partial) else reward_func
+    reward_func = without_options(reward_func)
     return getattr(reward_func, "__name__", type(reward_func).__name__)
 
 
@@ -54,7 +59,7 @@ def check_reward_columns(reward_funcs: Any, columns: list[str] | None):
         if not isinstance(columns, list) or not callable(reward_func) or isinstance(reward_func, nn.Module):
             continue
         name = reward_name(reward_func)
-        if getattr(reward_func, "func", reward_func) is math_verify_reward and not {"answer", "solution"} & passed:
+        if without_options(reward_func) is math_verify_reward and not {"answer", "solution"} & passed:
             raise ValueError(
                 f"`{name}` needs the gold answers, and the dataset has only the columns {columns}. Give it a column "
                 "`answer` or `solution`, or rename the one with the answers."

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase, TrainerState
 
-from .checks import reward_name
+from .checks import reward_name, without_options
 from .demonstrations import (
     DemonstrationTokenizer,
     check_columns,
@@ -280,7 +280,7 @@ def _score(rows, shown, prompt_ids, tokenizer, args, reward_funcs, problems):
 
 
 def _reason(reward_func: Callable, completion: str | list[dict], row: dict, trace: Trace) -> str:
-    if getattr(reward_func, "func", reward_func) is not math_verify_reward:
+    if without_options(reward_func) is not math_verify_reward:
         return f"`{reward_name(reward_func)}` gives {trace.rewards[-1]}"
     text = completion if isinstance(completion, str) else completion[-1].get("content") or ""
     gold = row.get("answer") if row.get("answer") is not None else row.get("solution")

@@ -347,19 +347,17 @@ class LuffyTrainer(GRPOTrainer):
         model.train()
         micro_batches = self._prepare_inputs(inputs)
         loss = torch.zeros((), device=self.accelerator.device)
-        if not micro_batches:
-            self._step += 1
-        for number, batch in enumerate(micro_batches):
-            if number == len(micro_batches) - 1:
-                self._current_train_step_time += time.perf_counter() - started
-                return loss + super().training_step(model, batch, num_items_in_batch)
-            is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED  # has its own way to wait
+        is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED  # has its own way to wait
+        for batch in micro_batches[:-1]:
             with nullcontext() if is_deepspeed else self.accelerator.no_sync(model):
                 self.accelerator.gradient_state._set_sync_gradients(False)
                 loss += super(GRPOTrainer, self).training_step(model, batch, num_items_in_batch)
             self.accelerator.gradient_state._set_sync_gradients(True)
         self._current_train_step_time += time.perf_counter() - started
-        return loss
+        if not micro_batches:
+            self._step += 1
+            return loss
+        return loss + super().training_step(model, micro_batches[-1], num_items_in_batch)
 
     def _prepare_inputs(self, generation_batch):
         if isinstance(generation_batch, dict):

@@ -22,7 +22,7 @@ from transformers.utils import is_peft_available
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 from trl.rewards import accuracy_reward, reasoning_accuracy_reward, think_format_reward
 
-from ..checks import check_machine, check_reward_columns, check_vllm_server
+from ..checks import check_machine, check_reward_columns, check_vllm_server, without_options
 from ..data import load_data, without_long_prompts
 from ..demonstrations import find_eos_token_ids, load_generation_config
 from ..inspection import inspect_dataset
@@ -146,7 +146,7 @@ def check_first_rows(dataset, tokenizer, training_args: LuffyConfig, model_args:
             f"{traces[0].row}, {traces[0].name}: {traces[0].reason}. A demonstration without a reward teaches "
             "nothing: mend the traces or `reward_funcs`. `luffy inspect` shows what each trace earns."
         )
-        if all(getattr(func, "func", func) in REWARD_FUNCS.values() for func in reward_funcs):
+        if all(without_options(func) in REWARD_FUNCS.values() for func in reward_funcs):
             raise ValueError(message)
         logger.warning(message)  # zero may be the best that a reward function of the user's gives
 
