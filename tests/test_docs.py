@@ -20,6 +20,7 @@ import json
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -139,7 +140,8 @@ def stand_ins(tmp_path_factory):
     for program in programs:
         path = folder / "programs" / program if "/" not in program else folder / program
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text('#!/bin/bash\n{ printf \'%s\\0\' "${0##*/}" "$@"; printf \'\\n\\0\'; } >> "$CALLS"\n')
+        # A file for each call: calls may run beside each other
+        path.write_text('#!/bin/bash\nprintf \'%s\\0\' "${0##*/}" "$@" > "$CALLS/$EPOCHREALTIME-$$"\n')
         path.chmod(0o755)
     return folder
 
@@ -167,12 +169,13 @@ def folder(stand_ins, tmp_path, monkeypatch):
 def read_calls(block, folder):
     """What a bash calls that runs the block: a list of words for each command."""
     calls = folder / "calls"
-    calls.write_text("")
+    shutil.rmtree(calls, ignore_errors=True)
+    calls.mkdir()
     environment = {"PATH": str(folder / "programs"), "CALLS": str(calls), "HOME": str(folder)}
     script = f"set -eu\n{block.text}\nwait\n"
     result = subprocess.run(["/bin/bash", "-c", script], env=environment, cwd=folder, capture_output=True, text=True)
     assert result.returncode == 0 and not result.stderr, result.stderr
-    return [call.strip("\0").split("\0") for call in calls.read_text().split("\n\0") if call]
+    return [call.read_text().removesuffix("\0").split("\0") for call in sorted(calls.iterdir())]
 
 
 def run_script(module, arguments, is_run):
@@ -294,6 +297,14 @@ def test_blocks(page, folder, monkeypatch):
                 check_call(call, block.reason is None, monkeypatch)
         else:
             assert block.language in ("text", "bibtex"), f"{page.name} has a block of {block.language!r}, not tested"
+
+
+def test_calls_beside_each_other_are_told_apart(folder):
+    """`vllm serve ... &` runs while the next command of its block starts."""
+    lines = [f"vllm serve {i} {'x' * 2000} 'a\nb' &" for i in range(40)]
+    calls = read_calls(Block("bash", "\n".join([*lines, "luffy ''"]), None), folder)
+    expected = [["vllm", "serve", str(i), "x" * 2000, "a\nb"] for i in range(40)]
+    assert sorted(calls) == sorted([*expected, ["luffy", ""]])
 
 
 def test_blocks_are_found():
