@@ -5,6 +5,7 @@
 import functools
 import inspect
 import logging
+import math
 import time
 import urllib.error
 import urllib.request
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers.integrations import get_available_reporting_integrations
 from trl.import_utils import is_vllm_available
@@ -86,6 +88,31 @@ def check_reward_columns(reward_funcs: Any, columns: list[str] | None):
                 f"The reward function `{name}` does not take `{min(refused)}`: it is called with all columns and "
                 "more. Add `**kwargs` to its parameters."
             )
+
+
+def check_number_of_rows(dataset: Any, args: LuffyConfig):
+    """Raises a `ValueError` if a dataset has too few rows for one generation batch, and so for any update."""
+    if not isinstance(dataset, Dataset):
+        return
+    num_prompts = args.generation_batch_size // args.num_generations
+    if len(dataset) < num_prompts:
+        raise ValueError(
+            f"`train_dataset` has {len(dataset)} rows, and completions are generated for {num_prompts} prompts at "
+            f"once: `per_device_train_batch_size` ({args.per_device_train_batch_size}) times {args.world_size} "
+            f"process(es) times `steps_per_generation` ({args.steps_per_generation}), over `num_generations` "
+            f"({args.num_generations}). Lower one of the first two, or give more rows."
+        )
+
+
+def check_finite(name: str, value: torch.Tensor | float, step: int, output_dir: str):
+    """Raises a `FloatingPointError` if the loss or the gradient norm of an update is infinite or not a number."""
+    value = float(value)
+    if not math.isfinite(value):
+        raise FloatingPointError(
+            f"The {name} of update {step} is {value}. Training stops before anything of it is saved: the last "
+            f"checkpoint in {output_dir!r} is sound. Look at the metrics before this update; a lower `learning_rate` "
+            "or `demonstration_ratio_max` may help."
+        )
 
 
 def check_machine(args: LuffyConfig):

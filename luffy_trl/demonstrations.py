@@ -7,7 +7,9 @@ A demonstration has to look like something the policy could have sampled after t
 the rendered prompt, up to and including one token that ends generation.
 """
 
+import hashlib
 import importlib.metadata
+import json
 import math
 import random
 import re
@@ -34,13 +36,14 @@ _MARKUP = re.compile(
     r"<[|｜](?!(?:begin|end)_of_(?:thought|solution))[^<>|｜\s]{1,40}[|｜]>|<(?:start|end)_of_turn>|\[/?INST\]|</?s>"
 )
 _ROWS_LOOKED_AT = 100
+_MIN_LOGP = -80.0  # below it the ratio overflows in float32
 
 # Columns that `tokenize_demonstrations` adds, and that the trainer takes out again before reward functions see a row.
 DEMONSTRATION_COLUMNS = {
     "demonstration_ids": List(List(Value("int32"))),  # the traces that fit, tokenized
     "demonstration_logps": List(List(Value("float32"))),  # log pi_phi of their tokens, or no lists where not given
     "demonstrations_dropped": Value("int32"),  # how many did not fit
-    "demonstration_row": Value("int64"),  # number of the row in the dataset, so that a choice can depend on it
+    "demonstration_row": Value("int64"),  # number of the row in the dataset, or what stands for it in a stream
 }
 
 
@@ -185,6 +188,12 @@ class DemonstrationTokenizer:
         if any(logp > 0 for logp in value):
             raise ValueError(
                 f"{name}: `demonstration_logprobs` has a value above 0. They are logarithms of probabilities."
+            )
+        impossible = [logp for logp in value if not logp >= _MIN_LOGP]
+        if impossible:
+            raise ValueError(
+                f"{name}: `demonstration_logprobs` has the value {impossible[0]}, which no author gives to a token of "
+                f"its own: the minimum is {_MIN_LOGP:g}. Score the trace again, or leave it out."
             )
         return value
 
@@ -444,7 +453,11 @@ def tokenize_demonstrations(
     )
     if isinstance(dataset, IterableDataset):
         features = dataset.features and Features({**dataset.features, **DEMONSTRATION_COLUMNS})
-        return dataset.map(function, with_indices=True, batched=True, batch_size=64, features=features)
+
+        def tokenize(rows, indices):
+            return {**function(rows, indices), "demonstration_row": _identify(rows)}
+
+        return dataset.map(tokenize, with_indices=True, batched=True, batch_size=64, features=features)
 
     _warn_of_suspicious(dataset, function)
     with PartialState().main_process_first():
@@ -469,9 +482,19 @@ def tokenize_demonstrations(
     return dataset
 
 
+def _identify(rows: dict[str, list]) -> list[int]:
+    """A number for each row that depends on its content alone: the rows of a stream are counted in each shard anew."""
+    numbers = []
+    for values in zip(*rows.values(), strict=True):
+        text = json.dumps(values, default=lambda value: value.tolist() if hasattr(value, "tolist") else repr(value))
+        numbers.append(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), signed=True))
+    return numbers
+
+
 def _warn_of_suspicious(dataset: Dataset, function: DemonstrationTokenizer):
     rows = dataset[:_ROWS_LOOKED_AT]
-    ends = tuple(function.tokenizer.convert_ids_to_tokens(function.eos_token_ids))
+    # The generation config may name tokens that the tokenizer does not have
+    ends = tuple(filter(None, function.tokenizer.convert_ids_to_tokens(function.eos_token_ids)))
     hints, num_traces = [], 0
     for row, (prompt, value) in enumerate(zip(rows["prompt"], rows[function.field_name], strict=True)):
         check_prompt(prompt, row)
@@ -597,7 +620,8 @@ def to_supervised(
 
     Returns:
         [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: Rows of `input_ids` (prompt and trace), `labels` (-100
-        on the prompt) and `demonstration_row` (the number of the row that the trace came from).
+        on the prompt) and `demonstration_row` (the number of the row that the trace came from; in a stream, one that
+        stands for its content).
     """
 
     def expand(rows):

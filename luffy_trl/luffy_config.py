@@ -1,5 +1,6 @@
 # Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
 
+import copy
 import warnings
 from dataclasses import dataclass, field, fields
 
@@ -542,6 +543,18 @@ class LuffyConfig(GRPOConfig):
     def __getstate__(self):
         # Trainers save their arguments by `torch.save` and push the file to the Hub.
         return {**self.__dict__, "hub_token": None}
+
+    # Copies within a process are no files, and keep the token.
+    def __copy__(self):
+        return self._with_state(self.__dict__)
+
+    def __deepcopy__(self, memo):
+        return self._with_state(copy.deepcopy(self.__dict__, memo))
+
+    def _with_state(self, state):
+        new = object.__new__(type(self))
+        new.__dict__.update(state)
+        return new
 
     def _is_set(self, name: str) -> bool:
         return getattr(self, name) != next(f.default for f in fields(self) if f.name == name)

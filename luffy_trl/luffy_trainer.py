@@ -19,6 +19,7 @@ and micro-batches weigh as many tokens as they hold.
 These are private methods of TRL 1.16, which is why luffy-trl pins its minor version.
 """
 
+import atexit
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -47,7 +48,7 @@ from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
 from trl.trainer.utils import get_config_model_id, nanmax, nanmin, nanstd
 
 from .batching import plan_micro_batches, rebatch, round_up, without_padding
-from .checks import check_machine, check_reward_columns
+from .checks import check_finite, check_machine, check_number_of_rows, check_reward_columns
 from .demonstrations import (
     DEMONSTRATION_COLUMNS,
     Demonstration,
@@ -61,7 +62,14 @@ from .losses import Shaping, group_advantages, importance_ratio, mixed_policy_lo
 from .luffy_config import LuffyConfig
 from .metrics import RunningMetrics, describe_groups, describe_lengths, describe_sampling
 from .model_card import save_model_card
-from .resuming import ResumableRepeatSampler, find_last_checkpoint, load_generation, save_generation
+from .processes import OneStream, end_processes
+from .resuming import (
+    ResumableRepeatSampler,
+    find_last_checkpoint,
+    forget_generation,
+    load_generation,
+    save_generation,
+)
 
 
 logger = get_logger(__name__)
@@ -151,6 +159,7 @@ class LuffyTrainer(GRPOTrainer):
         if not isinstance(args, LuffyConfig):
             raise ValueError(f"`args` must be a `LuffyConfig`, got `{type(args).__name__}`. It takes the same fields.")
 
+        check_number_of_rows(train_dataset, args)
         if not args.is_plain_grpo:
             refused = {"tools": tools, "rollout_func": rollout_func, "environment_factory": environment_factory}
             for name, value in refused.items():
@@ -308,7 +317,35 @@ class LuffyTrainer(GRPOTrainer):
                     f"`output_dir` {self.args.output_dir!r} has no complete checkpoint to resume from. Train without "
                     "`resume_from_checkpoint`, or give the path of one."
                 )
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        forget_generation(self)
+        result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        if result.global_step == 0 and isinstance(self.train_dataset, IterableDataset):
+            raise ValueError(
+                "The stream `train_dataset` ended before the first update: it has fewer rows than the "
+                f"{self.args.generation_batch_size // self.num_generations} prompts that are generated for at once."
+            )
+        if self.accelerator.num_processes > 1:
+            # Threads of a process group that is left open can abort the process while Python ends.
+            atexit.unregister(end_processes)
+            atexit.register(end_processes)
+        return result
+
+    def _get_dataloader(self, dataset, *args, **kwargs):
+        if isinstance(dataset, IterableDataset) and self.accelerator.num_processes > 1:
+            dataset = OneStream(dataset)
+        return super()._get_dataloader(dataset, *args, **kwargs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.is_deepspeed_enabled:  # it updates the weights right after its backward pass
+            check_finite("loss", loss, self.state.global_step + 1, self.args.output_dir)
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        if grad_norm is not None and self.accelerator.scaler is None:  # a scaler of fp16 skips such an update itself
+            check_finite("gradient", grad_norm, self.state.global_step + 1, self.args.output_dir)
+        return grad_norm
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> ResumableRepeatSampler:
         sampler = super()._get_train_sampler(dataset)
@@ -446,6 +483,9 @@ class LuffyTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor | Any]:
         mode = "train" if self.model.training else "eval"
         device = self.accelerator.device
+        self._fallback = None  # an interrupted generation may have left its own
+        self._pending_extra_logs.clear()
+        self._pending_metrics.clear()
         first_row = self.accelerator.process_index * len(inputs)  # groups span processes
         self._local_rows = slice(first_row, first_row + len(inputs))
         is_used = mode == "train" and self.args.num_demonstrations > 0
@@ -483,11 +523,10 @@ class LuffyTrainer(GRPOTrainer):
     def _choose_demonstrations(self, inputs: list[dict[str, Any]]) -> list[Demonstration | None]:
         """Decides for each row of the generation batch whether, and what, it shows of a trace."""
         demonstrations, num_dropped = [], 0
-        traces = {row["demonstration_row"]: row for row in inputs}
         if self._traces is not None:
-            traces = {number: self._traces[number] for number in traces}
+            traces = {number: self._traces[number] for number in {row["demonstration_row"] for row in inputs}}
+            inputs = [traces[row["demonstration_row"]] for row in inputs]
         for i, row in enumerate(inputs):
-            row = traces[row["demonstration_row"]]
             slot = (self._local_rows.start + i) % self.num_generations
             chosen = choose_demonstrations(row, self.args, self.state.global_step)
             demonstrations.append(chosen[slot] if slot < len(chosen) else None)
@@ -567,9 +606,6 @@ class LuffyTrainer(GRPOTrainer):
     def _generate(self, prompts: list):
         try:
             result = super()._generate(prompts)
-            has_fallback = self._fallback is not None
-            if has_fallback:
-                self._replace_failures(prompts, *result[:2], *result[3:5])
         except OSError as error:  # what the client of the vLLM server raises
             if not self.use_vllm or self.vllm_mode != "server":
                 raise
@@ -578,7 +614,9 @@ class LuffyTrainer(GRPOTrainer):
                 f"({error}). Start it again, and resume from the last checkpoint in {self.args.output_dir!r} with "
                 "`resume_from_checkpoint=True`."
             ) from error
-        if self._is_demonstration.any() and not has_fallback:
+        if self._fallback is not None:
+            self._replace_failures(prompts, *result[:2], *result[3:5])
+        elif self._is_demonstration.any():
             # TRL has just described all completions; these are the same formulas over the policy's own.
             metrics = self._metrics["train"]
             completion_ids = result[1]

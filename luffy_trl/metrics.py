@@ -164,7 +164,9 @@ def describe_groups(
         `dict[str, float]`: `on_policy/solve_all` and `on_policy/solve_none`, or nothing where no rollout was scored.
     """
     is_silent = rollout_rewards.isnan().view(-1, num_generations)
-    has_solved = (rollout_rewards >= full_rewards).view(-1, num_generations) | is_silent
+    # Where all reward weights are 0, nothing can be solved
+    is_solved = (rollout_rewards >= full_rewards) & (full_rewards > 0)
+    has_solved = is_solved.view(-1, num_generations) | is_silent
     has_failed = ~(rollout_rewards > 0).view(-1, num_generations) | is_silent
     is_scored = ~is_silent.all(dim=1)
     if not is_scored.any():

@@ -11,11 +11,11 @@ to be drawn again as it was.
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import send_to_device
+from accelerate.utils import gather_object, send_to_device
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import RepeatSampler
 
@@ -25,6 +25,52 @@ if TYPE_CHECKING:
 
 
 logger = get_logger(__name__)
+
+_OF_VERSION_0_1 = (
+    "num_processes",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "steps_per_generation",
+    "num_iterations",
+    "num_generations",
+)
+# Options that the completions of a generation batch, their advantages or their micro-batches depend on
+_OPTIONS_OF_A_BATCH = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "steps_per_generation",
+    "max_completion_length",
+    "mask_truncated_completions",
+    "pad_to_multiple_of",
+    "length_aware_batching",
+    "max_tokens_per_microbatch",
+    "padding_free",
+    "beta",
+    "use_vllm",
+    "vllm_importance_sampling_correction",
+    "vllm_importance_sampling_mode",
+    "vllm_importance_sampling_cap",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "generation_kwargs",
+    "reward_weights",
+    "scale_rewards",
+    "advantage_baseline",
+    "rollout_advantage_weight",
+    "num_demonstrations",
+    "demonstration_policy",
+    "failure_threshold",
+    "demonstration_probability",
+    "demonstration_overflow",
+    "demonstration_advantage_weight",
+    "prefix_ratio_min",
+    "prefix_ratio_max",
+    "prefix_schedule",
+    "prefix_schedule_steps",
+)
 
 
 class ResumableRepeatSampler(RepeatSampler):
@@ -84,19 +130,36 @@ def load_generation(trainer: "LuffyTrainer", folder: Path):
             The checkpoint.
     """
     trainer._step = trainer.state.global_step * trainer.args.gradient_accumulation_steps
-    file = _generation_file(trainer, folder)
-    state = torch.load(file, map_location="cpu") if file.exists() else None
-    if state is None or state["geometry"] != _geometry(trainer):
+    state, problem = _read_generation(trainer, _generation_file(trainer, folder))
+    # What a process generates for, it generates together with the others: all use what they have, or none
+    problems = sorted({other for other in gather_object([problem]) if other})
+    if problems:
         if _is_within_generation(trainer):
             logger.warning(
-                f"{folder} lies within a generation batch, and has none for this number of processes and these batch "
-                "sizes. It is generated again, by the policy of the checkpoint."
+                f"{folder} lies within a generation batch, which cannot be used: {'; '.join(problems)}. It is "
+                "generated again, by the policy of the checkpoint."
             )
         return
     state = send_to_device(state, trainer.accelerator.device)
     trainer._buffered_inputs = state["buffered_inputs"]
     trainer._metrics["train"].update(state["metrics"])
     trainer._running_metrics.load_state_dict(state["running_metrics"])
+
+
+def forget_generation(trainer: "LuffyTrainer"):
+    """
+    Takes away what an earlier, or interrupted, call of `train` has left, so that the next begins as the first did.
+
+    Args:
+        trainer ([`LuffyTrainer`]):
+            The trainer.
+    """
+    trainer._step = 0
+    trainer._current_train_step_time = 0.0
+    trainer._buffered_inputs = None
+    trainer._last_loaded_step = -1  # vLLM gets the weights at the first generation
+    trainer._metrics["train"].clear()
+    trainer._running_metrics.clear()
 
 
 def find_last_checkpoint(output_dir: str) -> str | None:
@@ -132,14 +195,35 @@ def _is_within_generation(trainer: "LuffyTrainer") -> bool:
     return step % (trainer.args.steps_per_generation * trainer.num_iterations) != 0
 
 
-def _geometry(trainer: "LuffyTrainer") -> list[int]:
+def _geometry(trainer: "LuffyTrainer") -> dict[str, Any]:
     """What a generation batch must have in common with the one that was saved."""
-    args = trainer.args
-    return [
-        trainer.accelerator.num_processes,
-        args.per_device_train_batch_size,
-        args.gradient_accumulation_steps,
-        args.steps_per_generation,
-        trainer.num_iterations,
-        trainer.num_generations,
-    ]
+    return {
+        "num_processes": trainer.accelerator.num_processes,
+        "num_generations": trainer.num_generations,
+        "num_iterations": trainer.num_iterations,
+        **{name: getattr(trainer.args, name) for name in _OPTIONS_OF_A_BATCH},
+    }
+
+
+def _read_generation(trainer: "LuffyTrainer", file: Path) -> tuple[dict[str, Any] | None, str | None]:
+    """What a process has saved, or why it cannot be used."""
+    if not file.exists():
+        return None, f"{file.name} is missing"
+    try:
+        state = torch.load(file, map_location="cpu")
+    except Exception as error:  # of pickle, zip and torch
+        return None, f"{file.name} cannot be read ({error})"
+    saved, wanted = state["geometry"], _geometry(trainer)
+    if isinstance(saved, list):  # of version 0.1, which names no options: those that shape the batch can be seen in it
+        saved = dict(zip(_OF_VERSION_0_1, saved, strict=True))
+        if state["buffered_inputs"]:
+            is_budget, first = isinstance(state["buffered_inputs"][0], list), state["buffered_inputs"][-1]
+            first = first[0] if is_budget else first
+            args = trainer.args
+            saved["max_tokens_per_microbatch"] = (args.max_tokens_per_microbatch or "a budget") if is_budget else None
+            saved["length_aware_batching"] = "num_sequences" in first
+            saved["beta"] = args.beta if (args.beta != 0.0) == ("ref_per_token_logps" in first) else None
+    differing = [name for name, value in saved.items() if wanted[name] != value]
+    if differing:
+        return None, f"it was saved with other values of `{'`, `'.join(differing)}`"
+    return state, None

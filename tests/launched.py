@@ -203,7 +203,7 @@ def resumable(output_dir):
             gradient_accumulation_steps=2,
             steps_per_generation=4,
             num_demonstrations=2,
-            max_steps=10,
+            max_steps=int(os.environ.get("MAX_STEPS", 10)),
             save_strategy="steps",
             save_steps=5,
             adam_beta2=0.9,
@@ -214,6 +214,31 @@ def resumable(output_dir):
         callbacks=[KillAt(int(os.environ["KILL_AT"]))] if "KILL_AT" in os.environ else None,
     )
     trainer.train(resume_from_checkpoint=True if "RESUME" in os.environ else None)
+
+
+def streams(output_dir):
+    """Groups of four rows, six rows for each process: the prompts of each generation batch, row by row."""
+    results = {}
+    for num_shards in (1, 4):
+        trainer = LuffyTrainer(
+            str(output_dir / "model"),
+            tiny.is_demonstration_text,
+            tiny.make_args(
+                output_dir / "out", per_device_train_batch_size=3, gradient_accumulation_steps=2, max_steps=3
+            ),
+            Dataset.from_list(tiny.addition_rows(24)).to_iterable_dataset(num_shards=num_shards),
+        )
+        seen, generate = [], trainer._generate_and_score_completions
+
+        def recording(inputs, seen=seen, generate=generate):
+            seen.append([row["prompt"] for row in inputs])
+            return generate(inputs)
+
+        trainer._generate_and_score_completions = recording
+        trainer.train()
+        rewards = [log["demonstrations/reward"] for log in trainer.state.log_history if "reward" in log]
+        results[num_shards] = {"prompts": seen, "rewards": rewards}
+    return results
 
 
 def canned(output_dir):

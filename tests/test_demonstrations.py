@@ -391,6 +391,9 @@ def test_log_probabilities_of_the_author():
         ([], r"row 0: `demonstrations\[0\]` has 2 tokens, .* has 0 for it"),
         (None, r"row 0: `demonstrations\[0\]` has no list of numbers in `demonstration_logprobs`"),
         ([[-0.5, 0.1]], "has a value above 0. They are logarithms"),
+        ([[-0.5, -80.5]], r"row 0: `demonstrations\[0\]`: .* has the value -80.5, .* the minimum is -80\. Score"),
+        ([[-0.5, float("-inf")]], "has the value -inf"),
+        ([[float("nan"), -0.5]], "has the value nan"),
     ],
 )
 def test_log_probabilities_that_do_not_fit(logprobs, message):
@@ -433,5 +436,31 @@ def test_supervised_rows_of_a_stream():
     tokenizer = tiny.make_tokenizer()
     stream = IterableDataset.from_generator(lambda: iter(rows))
     stream = tokenize_demonstrations(stream, tokenizer, [tokenizer.eos_token_id], max_length=64)
-    expected = to_supervised(tokenized(rows), tokenizer).to_list()
-    assert list(to_supervised(stream, tokenizer)) == expected and len(expected) == 2
+    expected = to_supervised(tokenized(rows), tokenizer).remove_columns("demonstration_row").to_list()
+    supervised = list(to_supervised(stream, tokenizer))
+    assert len({row.pop("demonstration_row") for row in supervised}) == 1  # both traces are of the first row
+    assert supervised == expected and len(expected) == 2
+
+
+def test_rows_of_a_stream_are_told_apart_by_their_content():
+    """`datasets` counts the rows of each shard, and those of a shuffled stream, anew."""
+    rows = tiny.addition_rows(24)
+    numbers = {}
+    for num_shards, seed in ((1, None), (4, 0), (4, 1)):
+        stream = Dataset.from_list(rows).to_iterable_dataset(num_shards=num_shards)
+        stream = stream if seed is None else stream.shuffle(seed=seed)
+        shown = list(tokenize_demonstrations(stream, tiny.make_tokenizer(), [1], 64))
+        numbers[num_shards, seed] = {row["prompt"]: row["demonstration_row"] for row in shown}
+    assert len(set(numbers[1, None].values())) == 24
+    assert numbers[1, None] == numbers[4, 0] == numbers[4, 1]
+    other = [{**row, "answer": "0"} for row in rows]  # a reward reads it
+    stream = tokenize_demonstrations(Dataset.from_list(other).to_iterable_dataset(), tiny.make_tokenizer(), [1], 64)
+    assert not {row["demonstration_row"] for row in stream} & set(numbers[1, None].values())
+
+
+def test_an_end_token_that_the_tokenizer_does_not_have():
+    """Some generation configs name ids behind the vocabulary."""
+    dataset = tokenize_demonstrations(
+        Dataset.from_list([{"prompt": "1", "completion": "2"}]), tiny.make_tokenizer(), [1, 151643], 64
+    )
+    assert dataset["demonstration_ids"] == [[tiny.make_tokenizer()("2")["input_ids"] + [1]]]

@@ -55,6 +55,9 @@ def test_groups():
     rewards = torch.tensor([NAN, 1.0, 1.0, 1.0, 0.5, 0.0, -1.0, 0.0, 0.0, NAN, NAN, NAN, NAN, 0.0, NAN])
     full = torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0])
     assert describe_groups(rewards, full, 3) == {"on_policy/solve_all": 0.25, "on_policy/solve_none": 0.5}
+    # Reward weights of 0: nothing is earned, and so nothing is solved
+    none_solved = {"on_policy/solve_all": 0.0, "on_policy/solve_none": 1.0}
+    assert describe_groups(torch.zeros(4), torch.zeros(4), 2) == none_solved
     assert describe_groups(torch.tensor([NAN, NAN]), torch.zeros(2), 2) == {}
 
 

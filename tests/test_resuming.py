@@ -74,7 +74,8 @@ def test_another_batch_size_generates_again(tmp_path, caplog):
     trainer = make_trainer(tmp_path, max_steps=3, steps_per_generation=3, per_device_train_batch_size=8)
     generated = tiny.count_generated_rows(trainer.model)
     trainer.train(resume_from_checkpoint=True)
-    assert "checkpoint-2 lies within a generation batch, and has none for this number of processes" in caplog.text
+    assert "checkpoint-2 lies within a generation batch, which cannot be used: it was saved with" in caplog.text
+    assert "`per_device_train_batch_size`, `steps_per_generation`" in caplog.text
     assert generated == [3 * 8 // 4 * 3]
 
     trainer = make_trainer(tmp_path, max_steps=4)
@@ -100,3 +101,123 @@ def test_nothing_to_resume_from(tmp_path):
     trainer = make_trainer(tmp_path)
     with pytest.raises(ValueError, match="has no complete checkpoint to resume from. Train without"):
         trainer.train(resume_from_checkpoint=True)
+
+
+CUTS = [
+    ({}, {"max_tokens_per_microbatch": 40}, "max_tokens_per_microbatch"),
+    ({"max_tokens_per_microbatch": 60}, {}, "max_tokens_per_microbatch"),
+    ({"max_tokens_per_microbatch": 60}, {"max_tokens_per_microbatch": 40}, "max_tokens_per_microbatch"),
+    ({}, {"beta": 0.1}, "beta"),
+    ({}, {"length_aware_batching": False}, "length_aware_batching"),
+    ({}, {"num_demonstrations": 2}, "num_demonstrations"),
+]
+
+
+@pytest.mark.parametrize(("before", "after", "name"), CUTS)
+def test_options_of_a_batch_that_change(tmp_path, caplog, before, after, name):
+    """What a checkpoint keeps of a generation batch was made under other options, and is made again."""
+    tiny.save_tiny_model(tmp_path / "model")
+    make_trainer(tmp_path, max_steps=2, **before).train()
+    trainer = make_trainer(tmp_path, max_steps=3, **after)
+    generated = tiny.count_generated_rows(trainer.model)
+    passes, compute_loss = [], trainer._compute_loss
+    trainer._compute_loss = lambda model, inputs: (
+        passes.append(len(inputs["prompt_ids"])) or compute_loss(model, inputs)
+    )
+    trainer.train(resume_from_checkpoint=True)
+    assert f"it was saved with other values of `{name}`" in caplog.text
+    assert sum(generated) == 4 * 3  # a trace for each of four rows
+    assert sum(passes) == 4  # the sequences of one update, once each
+
+
+@pytest.mark.parametrize("budget", [None, 60])
+def test_a_checkpoint_of_version_0_1(tmp_path, caplog, budget):
+    """Its generation batches name six numbers, and no options."""
+    tiny.save_tiny_model(tmp_path / "model")
+    make_trainer(tmp_path, max_steps=2, max_tokens_per_microbatch=budget).train()
+    file = tmp_path / "out" / "checkpoint-2" / "generation_0.pt"
+    torch.save({**torch.load(file), "geometry": [1, 4, 1, 4, 1, 4]}, file)
+
+    def generated_rows(**options):
+        trainer = make_trainer(tmp_path, max_steps=3, save_strategy="no", **options)
+        rows = tiny.count_generated_rows(trainer.model)
+        trainer.train(resume_from_checkpoint=str(file.parent))
+        return sum(rows)
+
+    assert generated_rows(max_tokens_per_microbatch=budget) == 0 and not caplog.text
+    assert generated_rows(max_tokens_per_microbatch=60 if budget is None else None) == 12
+    assert generated_rows(max_tokens_per_microbatch=budget, beta=0.1) == 12
+
+
+@pytest.mark.parametrize("fault", ["missing", "broken"])
+def test_a_process_without_its_file(tmp_path, fault):
+    """Both processes generate again, instead of one waiting for the other for ever."""
+    tiny.launch("resumable", tmp_path, 2, env={"RESUMED_KIND": "prefixes", "MAX_STEPS": "5"})
+    file = tmp_path / "out" / "checkpoint-5" / "generation_1.pt"
+    file.unlink() if fault == "missing" else file.write_bytes(file.read_bytes()[:1000])
+    tiny.launch("resumable", tmp_path, 2, env={"RESUMED_KIND": "prefixes", "RESUME": "1"})
+    assert len(history(tmp_path / "out")) == 10
+
+
+class Interrupt(BaseException):
+    """What a notebook's stop button raises, and not an `Exception`."""
+
+
+def interrupted_scoring(fails_at):
+    """The reward of other tests, which is interrupted in one of its calls, after it has logged a column."""
+    calls = []
+
+    def reward(completions, log_extra, **kwargs):
+        calls.append(1)
+        log_extra("call", [len(calls)] * len(completions))
+        if len(calls) == fails_at:
+            raise Interrupt
+        return tiny.share_of_digits(completions)
+
+    return reward
+
+
+@pytest.mark.parametrize(
+    ("policy", "fails_at"),
+    [("always", 1), ("always", 2), ("on_failure", 1), ("on_failure", 2), ("on_failure", 3), ("on_failure", 4)],
+)
+def test_after_an_interrupt(tmp_path, policy, fails_at):
+    """`evaluate` and `train` after an interrupted `train` do what they do on a fresh trainer."""
+    tiny.save_tiny_model(tmp_path / "model")
+    options = {"failure_threshold": 1.0} if policy == "on_failure" else {}
+
+    def make(reward):
+        args = tiny.make_args(
+            tmp_path / "out",
+            steps_per_generation=2,
+            gradient_accumulation_steps=1,
+            max_steps=3,
+            demonstration_policy=policy,
+            per_device_eval_batch_size=4,
+            **options,
+        )
+        rows = tiny.addition_rows(4)
+        held_out = Dataset.from_list([{"prompt": "7+7=", "answer": "14"}])
+        return LuffyTrainer(str(tmp_path / "model"), reward, args, Dataset.from_list(rows), held_out)
+
+    def run(trainer):
+        torch.manual_seed(1)
+        evaluated = trainer.evaluate()
+        del evaluated["eval_num_tokens"], evaluated["epoch"]  # they count what was trained before
+        trainer.model.load_state_dict(fresh_weights)
+        trainer.state.log_history.clear()
+        torch.manual_seed(2)
+        trainer.train()
+        records = [evaluated, *trainer.state.log_history]
+        return [{k: v for k, v in record.items() if "time" not in k and "per_second" not in k} for record in records]
+
+    fresh = make(interrupted_scoring(None))
+    fresh_weights = {name: value.clone() for name, value in fresh.model.state_dict().items()}
+    expected = run(fresh)
+    trainer = make(interrupted_scoring(fails_at))
+    with pytest.raises(Interrupt):
+        trainer.train()
+    trainer.model.load_state_dict(fresh_weights)
+    trainer.state.global_step = 0
+    trainer.optimizer = trainer.lr_scheduler = None  # a Trainer keeps these from one `train` to the next
+    assert run(trainer) == expected

@@ -1,0 +1,99 @@
+# Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
+
+"""Streams: each prompt is shown its own traces, whatever the shards, and groups are of one prompt on all processes."""
+
+import pytest
+import tiny
+import torch
+from datasets import Dataset, IterableDataset
+
+from luffy_trl import LuffyTrainer
+
+
+def rows_with_own_traces(num_rows):
+    """A trace, its answer and its length belong to one row alone."""
+    return [
+        {"prompt": f"{i}+1=", "demonstrations": [f"A{i}" * (1 + i % 3)], "answer": str(i)} for i in range(num_rows)
+    ]
+
+
+def is_own(prompts, completions, answer, scored=None, **kwargs):
+    """1.0 for the trace of the row, 0.5 for that of another, 0.0 for what a random model writes."""
+    traces = {row["demonstrations"][0]: row["answer"] for row in rows_with_own_traces(48)}
+    if scored is not None:
+        scored.append(len(completions))
+    return [
+        0.0 if text not in traces else 1.0 if traces[text] == gold else 0.5
+        for text, gold in zip(completions, answer, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"cache_demonstration_rewards": True}, {"demonstration_policy": "on_failure"}]
+)
+@pytest.mark.parametrize("num_shards", [4, 24])
+def test_each_prompt_is_shown_its_own_traces(tmp_path, num_shards, options):
+    tiny.save_tiny_model(tmp_path / "model")
+    stream = Dataset.from_list(rows_with_own_traces(48)).to_iterable_dataset(num_shards=num_shards)
+    args = tiny.make_args(tmp_path, per_device_train_batch_size=64, max_steps=9, **options)
+    trainer = LuffyTrainer(str(tmp_path / "model"), is_own, args, stream)
+    trainer.train()
+    rewards = [log["demonstrations/reward"] for log in trainer.state.log_history if "reward" in log]
+    assert rewards == [1.0] * 9  # three epochs
+
+
+def test_reference_log_probs_are_of_the_trace_itself(tmp_path):
+    """The cached log-probs of each trace equal those of the policy, which stays the reference."""
+    tiny.save_tiny_model(tmp_path / "model")
+    stream = Dataset.from_list(rows_with_own_traces(48)).to_iterable_dataset(num_shards=24)
+    args = tiny.make_args(
+        tmp_path,
+        per_device_train_batch_size=64,
+        max_steps=6,
+        beta=0.1,
+        learning_rate=0.0,
+        cache_demonstration_ref_logps=True,
+    )
+    trainer = LuffyTrainer(str(tmp_path / "model"), is_own, args, stream)
+    differences, compute_loss = [], trainer._compute_loss
+
+    def recording(model, inputs):
+        with torch.no_grad():
+            logps, _, _ = trainer._get_per_token_logps_and_entropies(
+                model,
+                torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1),
+                torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
+                inputs["completion_ids"].size(1),
+            )
+        differences.append((logps - inputs["ref_per_token_logps"])[inputs["demonstration_mask"]].abs().max().item())
+        return compute_loss(model, inputs)
+
+    trainer._compute_loss = recording
+    trainer.train()
+    assert len(differences) == 6 and max(differences) < 1e-4
+    assert len(trainer._ref_logps_cache) == 48
+
+
+def test_groups_of_two_processes(tmp_path):
+    """Six rows for each process: the second group of four lies on both."""
+    first, second = tiny.launch("streams", tmp_path)
+    for num_shards in (1, 4):
+        prompts = [a + b for a, b in zip(first[num_shards]["prompts"], second[num_shards]["prompts"], strict=True)]
+        assert len(prompts) == 3 and all(len(batch) == 12 for batch in prompts)
+        groups = [batch[i : i + 4] for batch in prompts for i in range(0, 12, 4)]
+        assert all(len(set(group)) == 1 for group in groups)
+        assert len({group[0] for group in groups}) == 9  # no prompt twice in an epoch
+        assert first[num_shards]["rewards"] == [1.0] * 3
+    assert first[1]["prompts"] != first[4]["prompts"]  # shuffled over shards
+
+
+def test_a_stream_that_is_too_short(tmp_path):
+    tiny.save_tiny_model(tmp_path / "model")
+    rows = tiny.addition_rows(3)
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    args = tiny.make_args(tmp_path, per_device_train_batch_size=16)
+    trainer = LuffyTrainer(str(tmp_path / "model"), tiny.share_of_digits, args, stream)
+    with pytest.raises(
+        ValueError, match="ended before the first update: it has fewer rows than the 4 prompts that are"
+    ):
+        trainer.train()
