@@ -94,6 +94,8 @@ def check_number_of_rows(dataset: Any, args: LuffyConfig):
     """Raises a `ValueError` if a dataset has too few rows for one generation batch, and so for any update."""
     if not isinstance(dataset, Dataset):
         return
+    if len(dataset) == 0:
+        raise ValueError("`train_dataset` is empty. Check the file, the split and the filters that it went through.")
     num_prompts = args.generation_batch_size // args.num_generations
     if len(dataset) < num_prompts:
         raise ValueError(

@@ -9,9 +9,11 @@ not know are accelerate's (`--num_processes 2`), and `--accelerate_config` takes
 
 import argparse
 import importlib
+import os
 import runpy
 import subprocess
 import sys
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -106,19 +108,25 @@ def _with_shipped_recipe(args: list[str]) -> list[str]:
 
 
 def _launch(command: str, args: list[str]) -> int:
-    """Runs a training script by `accelerate launch`."""
-    from accelerate.commands.launch import launch_command, launch_command_parser
+    """Runs a training script by `accelerate launch`: one process in this one, several as its children."""
+    from unittest.mock import patch
+
+    from accelerate.commands import launch
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
     from trl.cli.commands.training import _subtract_subsequence
 
     module = LAUNCHED[command][0]
+    script = importlib.import_module(module)
     # Parsed by argparse alone: the configuration's own checks count processes, of which this is not one.
-    script_parser = importlib.import_module(module).make_parser(prog=f"luffy {command}")
+    script_parser = script.make_parser(prog=f"luffy {command}")
     script_parser.add_argument("--config", help="Recipe: a YAML file, or the name of one of the package.")
+    script_parser.add_argument("--help-all", action="help", help="Show the options of TRL and transformers too.")
+    if {"-h", "--help"} & set(args):
+        _hide_options(script_parser, script.OWN_OPTIONS)
     _, launch_args = script_parser.parse_known_args(args)
     script_args = _subtract_subsequence(args, launch_args)
 
-    launcher = launch_command_parser()
+    launcher = launch.launch_command_parser()
     if "--accelerate_config" in launch_args[:-1]:
         place = launch_args.index("--accelerate_config") + 1
         shipped = PACKAGE / "accelerate_configs" / f"{launch_args[place]}.yaml"
@@ -130,11 +138,57 @@ def _launch(command: str, args: list[str]) -> int:
         names = [*unknown, known.training_script]
         name = next((name for name in names if name.startswith("--")), names[0])
         raise SystemExit(f"`luffy {command}` and accelerate know no argument {name!r}. See `luffy {command} -h`.")
-    try:
-        launch_command(launcher.parse_args([*launch_args, "--module", module, *script_args]))
-    except subprocess.CalledProcessError as error:  # the script has said what is wrong
-        return error.returncode
+    launch_args = _with_defaults(launch_args, known)
+    # Children must not import from the current folder what is not installed; the script takes the variable away
+    with patch.object(launch, "simple_launcher", partial(_run_script, script, f"luffy {command}")):
+        os.environ["PYTHONSAFEPATH"] = "1"
+        try:
+            launch.launch_command(launcher.parse_args([*launch_args, "--module", module, *script_args]))
+        except subprocess.CalledProcessError as error:  # the script has said what is wrong
+            return error.returncode
+        except SystemExit as error:
+            if not isinstance(error.code, str):
+                raise
+            print(error.code, file=sys.stderr)
+            return 1
+        finally:
+            os.environ.pop("PYTHONSAFEPATH", None)
     return 0
+
+
+def _run_script(script, prog: str, args: argparse.Namespace):
+    """Runs a training script in this process, in the environment that accelerate would give to another."""
+    import torch
+    from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+
+    _, environment = prepare_simple_launcher_cmd_env(args)
+    os.environ.update(environment)
+    os.environ.pop("PYTHONSAFEPATH", None)
+    if "OMP_NUM_THREADS" in environment:  # which torch has read by now
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    script.run(args.training_script_args, prog)
+
+
+def _with_defaults(launch_args: list[str], known: argparse.Namespace) -> list[str]:
+    """Says accelerate's defaults on one device, of which it would warn otherwise."""
+    import torch
+    from accelerate.commands.config.config_args import default_config_file
+
+    if known.config_file is not None or Path(default_config_file).is_file() or torch.cuda.device_count() > 1:
+        return launch_args
+    defaults = {"num_processes": "1", "num_machines": "1", "mixed_precision": "no", "dynamo_backend": "no"}
+    return [
+        *(part for name, value in defaults.items() if getattr(known, name) is None for part in (f"--{name}", value)),
+        *launch_args,
+    ]
+
+
+def _hide_options(parser: argparse.ArgumentParser, names: set[str]):
+    """Leaves only some options in the help of a parser."""
+    for action in parser._actions:
+        if action.dest not in {"help", "config", "help_all", *names}:
+            action.help = argparse.SUPPRESS
+    parser.epilog = f"`{parser.prog} --help-all` shows the options of TRL and transformers too, and takes them all."
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 
 from trl import GRPOConfig
 
@@ -72,6 +72,12 @@ _DEMONSTRATION_OPTIONS = (
     "cache_demonstration_rewards",
     "cache_demonstration_ref_logps",
 )
+
+
+def own_fields(config: type) -> list[Field]:
+    """The fields of a dataclass that none of its bases has."""
+    inherited = {name for base in config.__mro__[1:] for name in getattr(base, "__dataclass_fields__", ())}
+    return [f for f in fields(config) if f.name not in inherited]
 
 
 @dataclass
@@ -450,6 +456,9 @@ class LuffyConfig(GRPOConfig):
         return self.num_demonstrations == 0 and self.ratio_clipping == "on_policy" and not self.length_aware_batching
 
     def __post_init__(self):
+        # TRL's default, under the name that transformers does not warn of
+        if self.gradient_checkpointing and getattr(self, "activation_checkpointing", True) is None:
+            self.activation_checkpointing = True
         try:
             super().__post_init__()
         except ValueError as error:  # two likely ones say what is wrong, and not what to do

@@ -22,7 +22,7 @@ These are private methods of TRL 1.16, which is why luffy-trl pins its minor ver
 import atexit
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ from .losses import Shaping, group_advantages, importance_ratio, mixed_policy_lo
 from .luffy_config import LuffyConfig
 from .metrics import RunningMetrics, describe_groups, describe_lengths, describe_sampling
 from .model_card import save_model_card
-from .processes import OneStream, end_processes
+from .processes import OneStream, end_processes, locked
 from .resuming import (
     ResumableRepeatSampler,
     find_last_checkpoint,
@@ -159,7 +159,6 @@ class LuffyTrainer(GRPOTrainer):
         if not isinstance(args, LuffyConfig):
             raise ValueError(f"`args` must be a `LuffyConfig`, got `{type(args).__name__}`. It takes the same fields.")
 
-        check_number_of_rows(train_dataset, args)
         if not args.is_plain_grpo:
             refused = {"tools": tools, "rollout_func": rollout_func, "environment_factory": environment_factory}
             for name, value in refused.items():
@@ -169,6 +168,8 @@ class LuffyTrainer(GRPOTrainer):
                         f"interacted with it. Remove `{name}`, or train plain GRPO (`num_demonstrations=0`, "
                         "`ratio_clipping='on_policy'`, `length_aware_batching=False`)."
                     )
+        check_number_of_rows(train_dataset, args)
+        if not args.is_plain_grpo:
             # Everything that can be wrong with the machine, the tokenizer and the data is found before a model is loaded.
             check_machine(args)
             check_reward_columns(reward_funcs, getattr(train_dataset, "column_names", None))
@@ -318,7 +319,8 @@ class LuffyTrainer(GRPOTrainer):
                     "`resume_from_checkpoint`, or give the path of one."
                 )
         forget_generation(self)
-        result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        with locked(self.args.output_dir):
+            result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         if result.global_step == 0 and isinstance(self.train_dataset, IterableDataset):
             raise ValueError(
                 "The stream `train_dataset` ended before the first update: it has fewer rows than the "
@@ -330,10 +332,12 @@ class LuffyTrainer(GRPOTrainer):
             atexit.register(end_processes)
         return result
 
-    def _get_dataloader(self, dataset, *args, **kwargs):
+    def _get_dataloader(
+        self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
+    ):
         if isinstance(dataset, IterableDataset) and self.accelerator.num_processes > 1:
             dataset = OneStream(dataset)
-        return super()._get_dataloader(dataset, *args, **kwargs)
+        return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -372,6 +376,11 @@ class LuffyTrainer(GRPOTrainer):
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
         if resume_from_checkpoint is not None:
+            if self.state.global_step >= max_steps:
+                raise ValueError(
+                    f"{resume_from_checkpoint} has made {self.state.global_step} updates, and the run has {max_steps}: "
+                    "nothing is left to train. Raise `max_steps` or `num_train_epochs`, or use the checkpoint as it is."
+                )
             load_generation(self, Path(resume_from_checkpoint))
         return result
 
@@ -604,16 +613,7 @@ class LuffyTrainer(GRPOTrainer):
                 metrics[name][-1] = value
 
     def _generate(self, prompts: list):
-        try:
-            result = super()._generate(prompts)
-        except OSError as error:  # what the client of the vLLM server raises
-            if not self.use_vllm or self.vllm_mode != "server":
-                raise
-            raise RuntimeError(
-                f"The vLLM server was lost while completions for update {self.state.global_step + 1} were generated "
-                f"({error}). Start it again, and resume from the last checkpoint in {self.args.output_dir!r} with "
-                "`resume_from_checkpoint=True`."
-            ) from error
+        result = super()._generate(prompts)
         if self._fallback is not None:
             self._replace_failures(prompts, *result[:2], *result[3:5])
         elif self._is_demonstration.any():
@@ -630,9 +630,10 @@ class LuffyTrainer(GRPOTrainer):
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
         if not self._is_demonstration.any():
-            return super()._generate_single_turn(
-                prompt_ids, images, multimodal_fields, num_generations, has_tool_images
-            )
+            with self._naming_a_lost_server():
+                return super()._generate_single_turn(
+                    prompt_ids, images, multimodal_fields, num_generations, has_tool_images
+                )
 
         # A rollout follows the prompt, and what follows a partial demonstration its prefix.
         shown = self._demonstrations
@@ -648,7 +649,8 @@ class LuffyTrainer(GRPOTrainer):
         sampled_prompt_ids = [prompt_ids[i] + completion_ids[i] for i in sampled]
         sampled_ids: list[list[int]] = []
         if self.use_vllm:
-            sampled_ids, sampled_logps = self._generate_rollouts_with_vllm(sampled_prompt_ids, prompt_ids[0])
+            with self._naming_a_lost_server():
+                sampled_ids, sampled_logps = self._generate_rollouts_with_vllm(sampled_prompt_ids, prompt_ids[0])
         elif sampled:
             sampled_ids, _ = super()._generate_single_turn(sampled_prompt_ids, None, {}, self.num_generations)
         elif self._is_sharded:
@@ -660,6 +662,20 @@ class LuffyTrainer(GRPOTrainer):
             completion_ids[i] += sampled_ids[number][:budget]
             if self.use_vllm:
                 logps[i] += sampled_logps[number][:budget]
+
+    @contextmanager
+    def _naming_a_lost_server(self):
+        """Says what to do where the client of the vLLM server raises an error; those of rewards are not its."""
+        try:
+            yield
+        except OSError as error:
+            if not self.use_vllm or self.vllm_mode != "server":
+                raise
+            raise RuntimeError(
+                f"The vLLM server was lost while completions for update {self.state.global_step + 1} were generated "
+                f"({error}). Start it again, and resume from the last checkpoint in {self.args.output_dir!r} with "
+                "`resume_from_checkpoint=True`."
+            ) from error
 
     @property
     def _is_sharded(self) -> bool:

@@ -2,11 +2,25 @@
 
 """What several processes of a run need that accelerate leaves to chance."""
 
+import ctypes
+import os
+import shutil
+import signal
 import sys
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import IterableDataset
+from filelock import FileLock, Timeout
 from torch.utils.data import IterableDataset as TorchIterableDataset
+from transformers import TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+
+_SET_PARENT_DEATH_SIGNAL = 1  # of Linux' prctl
 
 
 class OneStream(TorchIterableDataset):
@@ -40,3 +54,94 @@ def end_processes():
     """
     if getattr(sys, "last_value", None) is None:
         PartialState().destroy_process_group()
+
+
+def start_script():
+    """What a training script does first, whether in a process of its own or in that of the command line."""
+    os.environ.pop("PYTHONSAFEPATH", None)  # see `luffy_trl.cli`
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        # A launcher that is killed cannot end its children
+        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+    # TRL calls methods of transformers by names that have changed
+    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing", FutureWarning, "transformers.modeling_utils")
+
+
+@contextmanager
+def errors_in_one_line():
+    """Leaves out the traceback of a `ValueError` that this package raises: its message says what to do."""
+    try:
+        yield
+    except ValueError as error:
+        place = error.__traceback__
+        while place.tb_next is not None:
+            place = place.tb_next
+        if Path(place.tb_frame.f_code.co_filename).is_relative_to(Path(__file__).parent):
+            raise SystemExit(f"ValueError: {error}") from None
+        raise
+
+
+def find_checkpoints(output_dir: str) -> list[Path]:
+    """The checkpoints of a folder, the last one first."""
+    paths = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    numbered = [path for path in paths if path.name.rpartition("-")[2].isdigit()]
+    return sorted(numbered, key=lambda path: -int(path.name.rpartition("-")[2]))
+
+
+def check_output_dir(args: TrainingArguments, overwrite: bool):
+    """
+    Raises a `ValueError` if a new run would mix its checkpoints with those of another.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]):
+            Configuration of the run.
+        overwrite (`bool`):
+            Whether to delete them instead.
+    """
+    checkpoints = find_checkpoints(args.output_dir)
+    if overwrite and args.resume_from_checkpoint:
+        raise ValueError(
+            "`overwrite_output_dir=True` deletes the checkpoints that `resume_from_checkpoint` may need. Remove one."
+        )
+    if not checkpoints or args.resume_from_checkpoint:
+        return
+    if not overwrite:
+        raise ValueError(
+            f"`output_dir` {args.output_dir!r} has checkpoints of an earlier run, up to {checkpoints[0].name}. Go "
+            "on with `--resume_from_checkpoint true`, choose another `output_dir`, or delete them with "
+            "`--overwrite_output_dir true`."
+        )
+    if args.process_index == 0:
+        for path in checkpoints:
+            shutil.rmtree(path)
+
+
+@contextmanager
+def locked(output_dir: str):
+    """
+    Keeps other runs out of a folder while this one writes to it. All processes must enter together.
+
+    Raises:
+        ValueError: If another run holds it.
+    """
+    state = PartialState()
+    # The Hub leaves out files whose names begin like this
+    lock = FileLock(Path(output_dir) / "_run.lock") if state.is_main_process else None
+    is_free = True
+    if lock is not None:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            is_free = False
+    if state.num_processes > 1:
+        is_free = broadcast_object_list([is_free], from_process=0)[0]
+    if not is_free:
+        raise ValueError(
+            f"Another run writes to `output_dir` {output_dir!r}. Wait for its end, or choose another folder."
+        )
+    try:
+        yield
+    finally:
+        if lock is not None:
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()

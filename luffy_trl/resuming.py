@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object, send_to_device
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import RepeatSampler
+
+from .processes import find_checkpoints
 
 
 if TYPE_CHECKING:
@@ -173,10 +174,7 @@ def find_last_checkpoint(output_dir: str) -> str | None:
     Returns:
         `str` or `None`: Path of the checkpoint, or `None` if there is none.
     """
-    checkpoints = [
-        path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()
-    ]
-    for path in sorted(checkpoints, key=lambda path: -int(path.name.rpartition("-")[2])):
+    for path in find_checkpoints(output_dir):
         try:
             json.loads((path / "trainer_state.json").read_text())  # written last
             return str(path)

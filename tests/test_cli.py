@@ -4,8 +4,11 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -143,6 +146,140 @@ def test_an_error_of_the_script_is_the_last_word(tmp_path, monkeypatch, capfd):
 def test_mistakes(arguments, message):
     with pytest.raises(SystemExit, match=message):
         cli.main(["train", *arguments])
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_libraries_are_not_taken_from_the_folder(tmp_path, num_processes):
+    """Files there have the names of libraries, some of which are not installed; a reward that is named is taken."""
+    arguments = run_flags(tmp_path)
+    names = ["sympy", "math_verify", "peft", "rich", *(["mlflow", "comet_ml", "wandb"] if num_processes == 1 else [])]
+    for name in names:
+        (tmp_path / f"{name}.py").write_text(f"open('imported_{name}', 'w')\nraise SystemExit('from the folder')\n")
+    if num_processes == 2:
+        (tmp_path / "my_rewards.py").write_text(
+            "def one(completions, **kwargs):\n    return [1.0] * len(completions)\n"
+        )
+        arguments += ["--reward_funcs", "math_verify_reward", "my_rewards.one"]
+        arguments += ["--num_processes", "2", "--multi_gpu", "--main_process_port", "0"]
+    command = [Path(sys.executable).with_name("luffy"), "train", *map(str, arguments)]
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    state = (tmp_path / "out" / "trainer_state.json").read_text()
+    assert ("rewards/one/mean" in state) == (num_processes == 2)
+    assert not list(tmp_path.glob("imported_*"))
+
+
+def processes_of(folder):
+    """Processes whose working folder is this one, the launcher's children and graders among them."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if (path / "cwd").resolve() == folder and (path / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                found.append(int(path.name))
+        except OSError:
+            pass  # it has ended
+    return found
+
+
+def wait_until(condition, seconds=240):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "signal_number"),
+    [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGINT), (2, signal.SIGKILL)],
+)
+def test_a_signal_to_the_command_ends_all_of_the_run(tmp_path, num_processes, signal_number):
+    arguments = run_flags(tmp_path, max_steps=100000, save_strategy="steps", save_steps=1, save_total_limit=2)
+    if num_processes == 2:
+        arguments += ["--num_processes", "2", "--multi_gpu", "--main_process_port", "0"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "luffy_trl", "train", *map(str, arguments)],
+        cwd=tmp_path,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        wait_until(lambda: list(tmp_path.glob("out/checkpoint-*")))
+        process.send_signal(signal_number)
+        wait_until(lambda: not [pid for pid in processes_of(tmp_path) if pid != process.pid])
+        assert process.wait(60) != 0
+    finally:
+        for pid in processes_of(tmp_path):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_two_runs_into_one_folder(tmp_path, monkeypatch, capsys):
+    arguments = [*map(str, run_flags(tmp_path, max_steps=3, save_strategy="steps", save_steps=1))]
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", *arguments]) == 0
+    states = [path / "trainer_state.json" for path in sorted(tmp_path.glob("out/checkpoint-*"))]
+    written = [path.stat().st_mtime_ns for path in states]
+    for extra, message in (
+        ([], "ValueError: `output_dir` 'out' has checkpoints of an earlier run, up to checkpoint-3. Go on with"),
+        (
+            ["--resume_from_checkpoint", "true"],
+            "has made 3 updates, and the run has 3: nothing is left to train. Raise",
+        ),
+        (
+            ["--resume_from_checkpoint", "true", "--overwrite_output_dir", "true"],
+            "ValueError: `overwrite_output_dir=True` deletes the checkpoints that `resume_from_checkpoint` may need.",
+        ),
+    ):
+        assert cli.main(["train", *arguments, *extra]) == 1
+        assert message in capsys.readouterr().err.strip().splitlines()[-1]
+    assert [path.stat().st_mtime_ns for path in states] == written and len(written) == 3
+    assert not (tmp_path / "out" / "_run.lock").exists()
+    assert cli.main(["train", *arguments, "--max_steps", "2", "--overwrite_output_dir", "true"]) == 0
+    assert sorted(path.name for path in tmp_path.glob("out/checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_two_runs_at_once(tmp_path, monkeypatch, capsys):
+    """Another process, which ends without a word, holds the folder."""
+    arguments = [*map(str, run_flags(tmp_path))]
+    monkeypatch.chdir(tmp_path)
+    code = "import time, luffy_trl.processes as p\nwith p.locked('out'): print(1, flush=True); time.sleep(999)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"1\n"
+        assert cli.main(["train", *arguments]) == 1
+        other.kill()
+    last_line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last_line.startswith("ValueError: Another run writes to `output_dir` 'out'.")
+    assert cli.main(["train", *arguments]) == 0  # what the killed one has left keeps nobody out
+
+
+@pytest.mark.parametrize("command", ["train", "sft"])
+def test_help_shows_what_is_ours(command, capsys):
+    shown = []
+    for flag in ("-h", "--help-all"):
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main([command, flag])
+        assert exit_info.value.code == 0
+        shown.append(capsys.readouterr().out)
+    short, complete = shown
+    own = {"train": ["--policy_shaping", "--reward_funcs"], "sft": ["--max_completion_length"]}[command]
+    for name in [*own, "--learning_rate", "--model_name_or_path", "--config", "--help-all"]:
+        assert f"\n  {name}" in short and f"\n  {name}" in complete
+    assert "--adam_beta1" not in short and "\n  --adam_beta1" in complete
+    assert "--help-all` shows the options of TRL and transformers too" in short
+    assert len(short.splitlines()) < len(complete.splitlines()) / 3
+
+
+def test_no_warnings_of_our_own_defaults(tmp_path):
+    """What a run prints on stderr, beside progress bars: nothing that a user could not have avoided."""
+    result = luffy(
+        "train", *run_flags(tmp_path, max_steps=2), cwd=tmp_path, env={"PYTHONWARNINGS": "default::FutureWarning"}
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    lines = [line.rpartition("\r")[2] for line in result.stderr.splitlines()]
+    words = [line for line in lines if line.strip() and not re.search(r"\d+%\||examples/s|it/s", line)]
+    assert words == []
 
 
 def test_a_missing_extra(monkeypatch):

@@ -1,6 +1,8 @@
 # Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
 
+import copy
 import dataclasses
+import pickle
 import re
 import warnings
 
@@ -154,3 +156,12 @@ def test_every_field_is_documented_twice():
             default = "" if field.default is None else f", defaults to `{default}`"
             assert text.endswith(f"*optional*{default}):")
             assert len(field.metadata["help"]) > 20
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_copies_keep_the_token(tmp_path, copied):
+    args = LuffyConfig(str(tmp_path), hub_token="hf_secret", use_cpu=True, bf16=False, reward_weights=[1.0])
+    other = copied(args)
+    assert type(other) is LuffyConfig and other.hub_token == "hf_secret" and other.to_dict() == args.to_dict()
+    assert (other.reward_weights is args.reward_weights) == (copied is not copy.deepcopy)
+    assert pickle.loads(pickle.dumps(args)).hub_token is None  # `training_args.bin` is pushed

@@ -1098,9 +1098,66 @@ def test_a_lost_server_is_named(model_path, tmp_path):
     trainer._continue = refuse
     with pytest.raises(ConnectionError):  # not what a server has to do with
         trainer.train()
+    del trainer._continue
+    trainer._generate_rollouts_with_vllm = refuse
     trainer.use_vllm, trainer.vllm_mode = True, "server"
     with pytest.raises(RuntimeError, match=r"lost while completions for update 1 .*\(Connection refused\). Start it"):
         trainer.train()
+
+
+def test_an_error_of_a_reward_is_not_a_lost_server(model_path, tmp_path):
+    """With "on_failure" rewards are computed within generation."""
+
+    def judge(completions, **kwargs):
+        raise ConnectionError("the judge does not answer")
+
+    args = tiny.make_args(tmp_path, demonstration_policy="on_failure")
+    trainer = LuffyTrainer(model_path, judge, args, Dataset.from_list(tiny.addition_rows(2)))
+    # vLLM is not installed here: transformers samples, and then the trainer takes its server to be in use
+    generate, trainer.vllm_mode = trainer._generate_single_turn, "server"
+
+    def generate_with_transformers(*args):
+        result = generate(*args)
+        trainer.use_vllm = True
+        return result
+
+    trainer._generate_single_turn = generate_with_transformers
+    with pytest.raises(ConnectionError, match="the judge does not answer"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("cause", ["loss", "gradient"])
+@pytest.mark.parametrize("plain", [True, False])
+def test_what_is_not_finite_does_not_reach_the_weights(model_path, tmp_path, cause, plain):
+    options = tiny.PLAIN_GRPO if plain else {}
+    args = tiny.make_args(tmp_path, max_steps=3, save_strategy="steps", save_steps=1, **options)
+    trainer = LuffyTrainer(model_path, tiny.share_of_digits, args, Dataset.from_list(tiny.addition_rows(4)))
+    compute_loss, weights = trainer._compute_loss, {}
+
+    def poisoned(model, inputs):
+        loss = compute_loss(model, inputs)
+        if trainer.state.global_step == 1:
+            weights.update({name: p.detach().clone() for name, p in model.named_parameters()})
+            if cause == "loss":
+                return loss * torch.nan
+            next(model.parameters()).register_hook(lambda gradient: gradient + torch.inf)
+        return loss
+
+    trainer._compute_loss = poisoned
+    with pytest.raises(FloatingPointError, match=r"The gradient of update 2 is (nan|inf)\. Training stops before"):
+        trainer.train()
+    assert weights and all(torch.equal(p, weights[name]) for name, p in trainer.model.named_parameters())
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_fewer_rows_than_are_generated_for_at_once(tmp_path, plain):
+    args = tiny.make_args(tmp_path, steps_per_generation=3, **(tiny.PLAIN_GRPO if plain else {}))
+    message = (
+        r"`train_dataset` has 2 rows, and completions are generated for 3 prompts at once: .*\(4\) times 1 process"
+    )
+    with pytest.raises(ValueError, match=message):  # before the model, which does not exist, is loaded
+        LuffyTrainer("no/model", tiny.share_of_digits, args, Dataset.from_list(tiny.addition_rows(2)))
 
 
 def test_streaming_dataset(model_path, tmp_path):
@@ -1252,6 +1309,12 @@ def test_the_arguments_are_those_of_grpo_trainer():
         ("_prepare_inputs", ["self", "generation_batch"]),
         ("train", ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"]),
         ("_get_train_sampler", ["self", "dataset"]),
+        (
+            "_get_dataloader",
+            ["self", "dataset", "description", "batch_size", "sampler_fn", "is_training", "dataloader_key"],
+        ),
+        ("compute_loss", ["self", "model", "inputs", "return_outputs", "num_items_in_batch"]),
+        ("_get_grad_norm", ["self", "model", "grad_norm"]),
         ("_save_checkpoint", ["self", "model", "trial"]),
         (
             "_init_training_state",

@@ -20,6 +20,10 @@ CHATML = (
 THINKING_CHATML = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
 
 
+# With this the trainer is TRL's own
+PLAIN_GRPO = {"num_demonstrations": 0, "ratio_clipping": "on_policy", "length_aware_batching": False}
+
+
 def make_tokenizer(chat_template=CHATML, merges=()):
     """Qwen2's byte-level tokenizer on ASCII without merges: a token per character, and a turn ends in `<|im_end|>`."""
     specials = ["<|pad|>", "<|im_end|>", "<|im_start|>", "<|endoftext|>"]

@@ -31,6 +31,8 @@ from ..demonstrations import (
     to_supervised,
     tokenize_demonstrations,
 )
+from ..luffy_config import own_fields
+from ..processes import check_output_dir, errors_in_one_line, start_script
 
 
 @dataclass
@@ -50,6 +52,9 @@ class SFTScriptArguments(ScriptArguments):
             What happens to a longer trace: `"drop"`, `"truncate"` (no end-of-sequence token is appended) or `"error"`.
         chat_template_kwargs (`dict`, *optional*):
             Passed to the chat template, as by [`LuffyConfig`].
+        overwrite_output_dir (`bool`, *optional*, defaults to `False`):
+            Whether to delete the checkpoints of an earlier run in `output_dir`. Without it, and without
+            `resume_from_checkpoint`, a run does not start where there are some.
     """
 
     max_prompt_length: int = field(default=1024, metadata={"help": "Rows whose prompt has more tokens are left out."})
@@ -59,6 +64,13 @@ class SFTScriptArguments(ScriptArguments):
     )
     chat_template_kwargs: dict | str | None = field(
         default=None, metadata={"help": "Passed to the chat template, as by LuffyConfig."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to delete the checkpoints of an earlier run in output_dir. Without it, and without "
+            "resume_from_checkpoint, a run does not start where there are some."
+        },
     )
 
     def __post_init__(self):
@@ -87,6 +99,7 @@ def main(script_args: SFTScriptArguments, training_args: TraceSFTConfig, model_a
     """Trains a model on the traces."""
     if script_args.dataset_name is None:
         raise ValueError("`dataset_name` is required: a dataset on the Hub, a local folder or a file.")
+    check_output_dir(training_args, script_args.overwrite_output_dir)
     load_options = {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
@@ -133,6 +146,7 @@ def main(script_args: SFTScriptArguments, training_args: TraceSFTConfig, model_a
     trainer.accelerator.print(f"The model is in {training_args.output_dir}.")
     if training_args.push_to_hub:
         trainer.push_to_hub()
+    trainer.end()
 
 
 def make_parser(**kwargs) -> TrlParser:
@@ -140,5 +154,22 @@ def make_parser(**kwargs) -> TrlParser:
     return TrlParser((SFTScriptArguments, TraceSFTConfig, ModelConfig), **kwargs)
 
 
+# What `luffy sft -h` shows: the options of this package, and those that every run sets
+OWN_OPTIONS = {
+    *(f.name for config in (SFTScriptArguments, TraceSFTConfig) for f in own_fields(config)),
+    *("model_name_or_path", "use_peft", "dataset_name", "dataset_train_split", "dataset_test_split", "output_dir"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs", "learning_rate"),
+    *("max_grad_norm", "bf16", "use_cpu", "seed", "logging_steps", "save_steps", "report_to", "push_to_hub"),
+    "resume_from_checkpoint",
+}
+
+
+def run(args: list[str] | None = None, prog: str = "luffy sft"):
+    """The command, in a process of its own or in that of `luffy`."""
+    start_script()
+    with errors_in_one_line():
+        main(*make_parser(prog=prog).parse_args_and_config(args))
+
+
 if __name__ == "__main__":
-    main(*make_parser(prog="luffy sft").parse_args_and_config())
+    run()

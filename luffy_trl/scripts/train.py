@@ -15,6 +15,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 
 from accelerate.logging import get_logger
 from transformers import AutoTokenizer
@@ -26,8 +27,9 @@ from ..checks import check_machine, check_reward_columns, check_vllm_server, wit
 from ..data import load_data, without_long_prompts
 from ..demonstrations import find_eos_token_ids, load_generation_config
 from ..inspection import inspect_dataset
-from ..luffy_config import LuffyConfig
+from ..luffy_config import LuffyConfig, own_fields
 from ..luffy_trainer import LuffyTrainer
+from ..processes import check_output_dir, errors_in_one_line, start_script
 from ..rewards import math_verify_reward
 
 
@@ -64,6 +66,9 @@ class LuffyScriptArguments(ScriptArguments):
             The `require_think` of `math_verify_reward`: an answer counts only behind `</think>`.
         reward_model_name_or_path (`str`, *optional*):
             A reward model to add to the reward functions.
+        overwrite_output_dir (`bool`, *optional*, defaults to `False`):
+            Whether to delete the checkpoints of an earlier run in `output_dir`. Without it, and without
+            `resume_from_checkpoint`, a run does not start where there are some.
     """
 
     eval_dataset_names: list[str] | None = field(
@@ -90,11 +95,29 @@ class LuffyScriptArguments(ScriptArguments):
     reward_model_name_or_path: str | None = field(
         default=None, metadata={"help": "A reward model to add to the reward functions."}
     )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to delete the checkpoints of an earlier run in output_dir. Without it, and without "
+            "resume_from_checkpoint, a run does not start where there are some."
+        },
+    )
 
     def __post_init__(self):
         for name in ("eval_dataset_names", "reward_funcs"):  # a single one in a YAML file is no list
             if isinstance(getattr(self, name), str):
                 setattr(self, name, [getattr(self, name)])
+
+
+def _import_module(name: str) -> ModuleType:
+    """A module that is installed, or else one of the current folder, which is searched for nothing before that."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if os.getcwd() in sys.path or error.name not in (name, name.partition(".")[0]):
+            raise
+        sys.path.append(os.getcwd())
+        return importlib.import_module(name)
 
 
 def get_reward_funcs(args: LuffyScriptArguments) -> list:
@@ -105,9 +128,8 @@ def get_reward_funcs(args: LuffyScriptArguments) -> list:
             reward_func = REWARD_FUNCS[name]
         elif "." in name:
             module, _, attribute = name.rpartition(".")
-            sys.path.insert(0, os.getcwd())
             try:
-                reward_func = getattr(importlib.import_module(module), attribute)
+                reward_func = getattr(_import_module(module), attribute)
             except (ModuleNotFoundError, AttributeError) as error:
                 raise ValueError(
                     f"`reward_funcs`: {name!r} cannot be loaded: {error}. It is a function's name behind that of its "
@@ -159,6 +181,7 @@ def main(script_args: LuffyScriptArguments, training_args: LuffyConfig, model_ar
         raise ValueError("`model_name_or_path` is required: a model on the Hub, or a local folder.")
     reward_funcs = get_reward_funcs(script_args)
     check_machine(training_args)
+    check_output_dir(training_args, script_args.overwrite_output_dir)
     if model_args.use_peft and not is_peft_available():
         raise ValueError("`use_peft=True` needs PEFT, which is not installed here: `pip install luffy-trl[peft]`.")
     if training_args.process_index == 0:
@@ -230,5 +253,23 @@ def make_parser(**kwargs) -> TrlParser:
     return TrlParser((LuffyScriptArguments, LuffyConfig, ModelConfig), **kwargs)
 
 
+# What `luffy train -h` shows: the options of this package, and those that every run sets
+OWN_OPTIONS = {
+    *(f.name for config in (LuffyScriptArguments, LuffyConfig) for f in own_fields(config)),
+    *("model_name_or_path", "use_peft", "dataset_name", "dataset_train_split", "dataset_test_split", "output_dir"),
+    *("num_generations", "max_completion_length", "temperature", "beta", "loss_type", "use_vllm", "vllm_mode"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "max_steps"),
+    *("num_train_epochs", "learning_rate", "max_grad_norm", "bf16", "use_cpu", "seed", "logging_steps", "save_steps"),
+    *("eval_strategy", "eval_steps", "report_to", "log_completions", "resume_from_checkpoint", "push_to_hub"),
+}
+
+
+def run(args: list[str] | None = None, prog: str = "luffy train"):
+    """The command, in a process of its own or in that of `luffy`."""
+    start_script()
+    with errors_in_one_line():
+        main(*make_parser(prog=prog).parse_args_and_config(args))
+
+
 if __name__ == "__main__":
-    main(*make_parser(prog="luffy train").parse_args_and_config())
+    run()
