@@ -133,6 +133,8 @@ def locked(output_dir: str):
             lock.acquire(timeout=0)
         except Timeout:
             is_free = False
+        except NotImplementedError:
+            pass  # a file system without locks
     if state.num_processes > 1:
         is_free = broadcast_object_list([is_free], from_process=0)[0]
     if not is_free:

@@ -2,6 +2,7 @@
 
 """What the tests run in several processes: `accelerate launch tests/launched.py FUNCTION OUTPUT_DIR`."""
 
+import atexit
 import itertools
 import json
 import os
@@ -214,6 +215,18 @@ def resumable(output_dir):
         callbacks=[KillAt(int(os.environ["KILL_AT"]))] if "KILL_AT" in os.environ else None,
     )
     trainer.train(resume_from_checkpoint=True if "RESUME" in os.environ else None)
+
+
+def ended(output_dir):
+    """What is left of the process group when Python ends, after training, or after an error behind it (`FAILS`)."""
+    file = output_dir / f"left_{os.environ['RANK']}"
+    # Handlers are called in reverse order: this one after those of the trainer
+    atexit.register(lambda: file.write_text(str(torch.distributed.is_initialized())))
+    args = tiny.make_args(output_dir / "out")
+    rows = Dataset.from_list(tiny.addition_rows(2))
+    LuffyTrainer(str(output_dir / "model"), tiny.share_of_digits, args, rows).train()
+    if "FAILS" in os.environ:
+        raise RuntimeError("after training")
 
 
 def streams(output_dir):
