@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import nn
+from transformers import AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.integrations import get_available_reporting_integrations
 from trl.import_utils import is_vllm_available
 
@@ -41,6 +42,56 @@ def reward_name(reward_func: Callable | str) -> str:
         return reward_func.split("/")[-1]
     reward_func = without_options(reward_func)
     return getattr(reward_func, "__name__", type(reward_func).__name__)
+
+
+def check_arguments(args: LuffyConfig, reward_funcs: Any, train_dataset: Any, unsupported: dict[str, Any]):
+    """
+    Checks what is passed to the trainer, before a tokenizer or a model is loaded.
+
+    Args:
+        args ([`LuffyConfig`]):
+            Configuration of the run.
+        reward_funcs (`Callable`, `str`, `nn.Module`, or a list of them):
+            Reward functions.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Training data.
+        unsupported (`dict[str, Any]`):
+            Arguments, by their names, that plain GRPO alone takes.
+
+    Raises:
+        ValueError: If something has no meaning with demonstrations, is not installed, or does not fit.
+    """
+    if not isinstance(args, LuffyConfig):
+        raise ValueError(f"`args` must be a `LuffyConfig`, got `{type(args).__name__}`. It takes the same fields.")
+    if not args.is_plain_grpo:
+        for name, value in unsupported.items():
+            if value:
+                raise ValueError(
+                    f"`{name}` is not supported together with demonstrations: a trace from the dataset has not "
+                    f"interacted with it. Remove `{name}`, or train plain GRPO (`num_demonstrations=0`, "
+                    "`ratio_clipping='on_policy'`, `length_aware_batching=False`)."
+                )
+    check_number_of_rows(train_dataset, args)
+    if not args.is_plain_grpo:
+        check_machine(args)
+        check_reward_columns(reward_funcs, getattr(train_dataset, "column_names", None))
+
+
+def load_tokenizer(
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None, model_id: str, **kwargs
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, if none is given; a `ValueError` for a processor of images."""
+    if processing_class is None:
+        processing_class = AutoProcessor.from_pretrained(
+            model_id, truncation_side="left", padding_side="left", **kwargs
+        )
+    if isinstance(processing_class, ProcessorMixin):
+        raise ValueError(
+            "`processing_class` is a multimodal processor, and image prompts are supported by plain GRPO only "
+            "(`num_demonstrations=0`, `ratio_clipping='on_policy'`, `length_aware_batching=False`). Pass "
+            "`processing_class=AutoTokenizer.from_pretrained(...)` to train on text."
+        )
+    return processing_class
 
 
 def check_reward_columns(reward_funcs: Any, columns: list[str] | None):

@@ -1,7 +1,7 @@
 # Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
 
 """
-From dataset rows to demonstrations: what a trace looks like in tokens, and which traces a row shows at a step.
+From text to tokens: what a trace of the dataset looks like after its prompt.
 
 A demonstration has to look like something the policy could have sampled after the same prompt: the tokens that follow
 the rendered prompt, up to and including one token that ends generation.
@@ -10,11 +10,9 @@ the rendered prompt, up to and including one token that ends generation.
 import hashlib
 import importlib.metadata
 import json
-import math
-import random
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow.compute as pc
 from accelerate import PartialState
@@ -23,10 +21,6 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 from trl.chat_template_utils import parse_response
 from trl.data_utils import is_conversational
-
-
-if TYPE_CHECKING:
-    from .luffy_config import LuffyConfig
 
 
 logger = get_logger(__name__)
@@ -644,94 +638,3 @@ def to_supervised(
         return dataset.map(expand, batched=True, remove_columns=names)
     with PartialState().main_process_first():
         return dataset.map(expand, batched=True, remove_columns=names, desc="Joining prompts and traces")
-
-
-@dataclass(frozen=True)
-class Demonstration:
-    """
-    What one completion shows of a trace.
-
-    Args:
-        ids (`list[int]`):
-            Token ids: the whole trace, or a prefix of it.
-        logps (`list[float]`, *optional*):
-            Their log-probabilities under whoever wrote them, log pi_phi.
-        is_complete (`bool`, *optional*, defaults to `True`):
-            Whether this is the whole trace. If not, the policy continues.
-        trace (`tuple[int, int]`, *optional*, defaults to `(0, 0)`):
-            Number of the row in the dataset, and of the trace in the row.
-    """
-
-    ids: list[int]
-    logps: list[float] | None = None
-    is_complete: bool = True
-    trace: tuple[int, int] = (0, 0)
-
-
-def choose_demonstrations(row: dict[str, Any], args: "LuffyConfig", step: int) -> list[Demonstration | None]:
-    """
-    Chooses what a row shows at a step. Every process, and a resumed run, makes the same choice.
-
-    Args:
-        row (`dict[str, Any]`):
-            A row of the tokenized dataset.
-        args ([`LuffyConfig`]):
-            Configuration of the run.
-        step (`int`):
-            Optimizer step at which the group is generated.
-
-    Returns:
-        `list[Demonstration | None]`: At most `args.num_demonstrations` demonstrations of distinct traces, in the order
-        of the slots of the group; `None` for one of which no token is shown.
-    """
-    rng = random.Random(f"{args.seed}-{step}-{row['demonstration_row']}")
-    if rng.random() >= args.demonstration_probability:
-        return []
-    numbers = list(range(len(row["demonstration_ids"])))
-    if len(numbers) > args.num_demonstrations:
-        numbers = rng.sample(numbers, args.num_demonstrations)
-    demonstrations = []
-    for slot, number in enumerate(numbers):
-        ids = row["demonstration_ids"][number]
-        logps = row["demonstration_logps"][number] if row["demonstration_logps"] else None
-        length = round(len(ids) * prefix_ratio(args, step, slot, rng))
-        demonstration = Demonstration(
-            ids[:length],
-            logps and logps[:length],
-            is_complete=length == len(ids),
-            trace=(row["demonstration_row"], number),
-        )
-        demonstrations.append(demonstration if length > 0 else None)
-    return demonstrations
-
-
-def prefix_ratio(args: "LuffyConfig", step: int, slot: int, rng: random.Random) -> float:
-    """
-    The share of a trace that is shown.
-
-    Args:
-        args ([`LuffyConfig`]):
-            Configuration of the run.
-        step (`int`):
-            Optimizer step.
-        slot (`int`):
-            Slot of the demonstration in its group.
-        rng (`random.Random`):
-            Source of `prefix_schedule="random"`.
-
-    Returns:
-        `float`: A ratio between `args.prefix_ratio_min` and `args.prefix_ratio_max`.
-    """
-    low, high = args.prefix_ratio_min, args.prefix_ratio_max
-    if args.prefix_schedule == "random":
-        share = rng.random()
-    elif args.prefix_schedule == "fixed":
-        share = slot / (args.num_demonstrations - 1) if args.num_demonstrations > 1 else 1.0
-    else:
-        progress = min(step / args.prefix_schedule_steps, 1.0)
-        share = {
-            "linear": 1 - progress,
-            "cosine": (1 + math.cos(math.pi * progress)) / 2,
-            "reverse_linear": progress,
-        }[args.prefix_schedule]
-    return low + (high - low) * share

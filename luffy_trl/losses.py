@@ -11,6 +11,7 @@ it, is the trainer's business.
 
 import math
 from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -309,3 +310,306 @@ def _nanstd(values: torch.Tensor, dim: int) -> torch.Tensor:
     count = torch.sum(~torch.isnan(values), dim=dim)
     correction = torch.where(count > 1, count / (count - 1), torch.nan)
     return torch.sqrt(variance * correction)
+
+
+@dataclass
+class TokenBatch:
+    """
+    The completions of a micro-batch, token by token: what the terms of a loss are made from. Tensors have the shape
+    `(B, T)`, and a gradient where the policy's log-probs enter.
+
+    Args:
+        logps (`torch.Tensor`):
+            Log-probabilities under the policy, with gradient.
+        old_logps (`torch.Tensor`):
+            Log-probabilities under the policy that sampled the rollouts.
+        mask (`torch.Tensor`):
+            1 on tokens of the completions, 0 on padding.
+        demonstration_mask (`torch.Tensor`, bool):
+            True on the tokens of demonstrations.
+        advantages (`torch.Tensor` of shape `(B,)` or `(B, T)`):
+            Advantages, per completion or per token.
+        behavior_logps (`torch.Tensor`, *optional*):
+            Log-probabilities of demonstration tokens under whoever wrote them; `None` is a probability of 1.
+        ref_logps (`torch.Tensor`, *optional*):
+            Log-probabilities under the reference model.
+        sampling_ratio (`torch.Tensor` of shape `(B, T)` or `(B, 1)`, *optional*):
+            TRL's correction of rollouts that another engine has sampled.
+        entropies (`torch.Tensor`, *optional*):
+            Entropies of the policy.
+
+    Attributes:
+        ratio (`torch.Tensor`): The [`importance_ratio`].
+    """
+
+    logps: torch.Tensor
+    old_logps: torch.Tensor
+    mask: torch.Tensor
+    demonstration_mask: torch.Tensor
+    advantages: torch.Tensor
+    behavior_logps: torch.Tensor | None = None
+    ref_logps: torch.Tensor | None = None
+    sampling_ratio: torch.Tensor | None = None
+    entropies: torch.Tensor | None = None
+
+    def __post_init__(self):
+        # The first of all operations, and made once: so the gradients of all terms add up in TRL's order, to the bit
+        self.ratio = importance_ratio(self.logps, self.old_logps, self.demonstration_mask, self.behavior_logps)
+
+    @property
+    def rollout_mask(self) -> torch.Tensor:
+        """1 on the tokens that the policy has sampled."""
+        return self.mask * ~self.demonstration_mask
+
+
+@dataclass(frozen=True)
+class Denominators:
+    """
+    What the sums of a loss are divided by.
+
+    TRL's micro-batches are alike: each is a mean, and the optimizer step is the mean over them. Micro-batches by
+    length are not: each is divided by what the optimizer step has in all, and the step is their sum.
+
+    Args:
+        num_sequences (`int` or `torch.Tensor`):
+            Completions.
+        num_tokens (`torch.Tensor`):
+            Tokens of completions.
+        num_update_tokens (`torch.Tensor`):
+            Tokens of a process in one optimizer step, for `loss_type="dapo"`.
+        num_update_demonstration_tokens (`torch.Tensor`):
+            Demonstration tokens of a process in one optimizer step.
+        num_means (`float`):
+            Over how many micro-batches the optimizer step is the mean; 1 where it is the sum.
+    """
+
+    num_sequences: int | torch.Tensor
+    num_tokens: torch.Tensor
+    num_update_tokens: torch.Tensor
+    num_update_demonstration_tokens: torch.Tensor
+    num_means: float
+
+    @classmethod
+    def of_micro_batch(cls, mask: torch.Tensor, num_means: float, **per_update: torch.Tensor) -> "Denominators":
+        """Those of one of TRL's micro-batches, whose mask has the shape `(B, T)`."""
+        return cls(mask.size(0), mask.sum().clamp(min=1.0), num_means=num_means, **per_update)
+
+    @classmethod
+    def of_update(cls, inputs: dict[str, Any], **per_update: torch.Tensor) -> "Denominators":
+        """Those of an optimizer step, which micro-batches by length carry with them."""
+        return cls(inputs["num_sequences"], inputs["num_tokens"].clamp(min=1.0), num_means=1.0, **per_update)
+
+
+def aggregate(
+    per_token_loss: torch.Tensor, mask: torch.Tensor, loss_type: str, denominators: Denominators, max_length: int
+) -> torch.Tensor:
+    """
+    The loss of a micro-batch from those of its tokens, as TRL's loss types have it. The only reduction of a loss.
+
+    Args:
+        per_token_loss (`torch.Tensor` of shape `(B, T)`):
+            Losses of tokens.
+        mask (`torch.Tensor` of shape `(B, T)`):
+            Which of them count.
+        loss_type (`str`):
+            `"grpo"`, `"bnpo"`, `"dr_grpo"` or `"dapo"`; or `"demonstrations"`, the mean over the demonstration tokens
+            of the optimizer step.
+        denominators ([`Denominators`]):
+            What is divided by.
+        max_length (`int`):
+            The maximum number of tokens of a completion.
+
+    Returns:
+        `torch.Tensor`: The loss, before it is divided by the number of micro-batches that TRL averages over.
+    """
+    if loss_type == "grpo":
+        return ((per_token_loss * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).sum() / denominators.num_sequences
+    if loss_type == "bnpo":
+        return (per_token_loss * mask).sum() / denominators.num_tokens
+    if loss_type == "dr_grpo":
+        return (per_token_loss * mask).sum() / (denominators.num_sequences * max_length)
+    if loss_type == "dapo":
+        return (per_token_loss * mask).sum() / denominators.num_update_tokens
+    return (per_token_loss * mask).sum() / denominators.num_update_demonstration_tokens
+
+
+class Term(Protocol):
+    """
+    A summand of an objective: from the tokens of a micro-batch, at an optimizer step, to a loss for each of them.
+
+    `reduction` is `None` where the losses of tokens are added to those of other terms before they are reduced as the
+    loss type says; another name is that of a reduction of its own (see [`aggregate`]). `share(step)` is what such a
+    term takes from the others.
+    """
+
+    reduction: ClassVar[str | None]
+
+    def __call__(self, tokens: TokenBatch, step: int) -> tuple[torch.Tensor, dict[str, Any]]:
+        """The losses, of shape `(B, T)`, and statistics: detached tensors of that shape, or numbers to be logged."""
+
+    def share(self, step: int) -> float:
+        """Between 0 and 1: the other terms are multiplied by 1 minus this."""
+
+
+@dataclass(frozen=True)
+class PolicyGradient:
+    """
+    The policy gradient of [`mixed_policy_loss`].
+
+    Args:
+        shaping, on_policy_shaping, clip_range, ratio_range, max_token_prob:
+            See [`mixed_policy_loss`].
+        on (`str`, *optional*, defaults to `"all"`):
+            `"all"` tokens, or those of `"rollouts"`.
+    """
+
+    shaping: Shaping = Shaping()
+    on_policy_shaping: Shaping = Shaping("none")
+    clip_range: tuple[float, float] | None = None
+    ratio_range: tuple[float | None, float | None] = (None, None)
+    max_token_prob: float | None = None
+    on: str = "all"
+    reduction: ClassVar[str | None] = None
+
+    def __call__(self, tokens: TokenBatch, step: int) -> tuple[torch.Tensor, dict[str, Any]]:
+        loss, stats = mixed_policy_loss(
+            tokens.logps,
+            tokens.old_logps,
+            tokens.advantages,
+            tokens.rollout_mask if self.on == "rollouts" else tokens.mask,
+            tokens.demonstration_mask,
+            ratio=tokens.ratio,
+            shaping=self.shaping,
+            on_policy_shaping=self.on_policy_shaping,
+            clip_range=self.clip_range,
+            ratio_range=self.ratio_range,
+            max_token_prob=self.max_token_prob,
+        )
+        if tokens.sampling_ratio is not None:
+            # A ratio per sequence speaks of what was sampled, and not of the prefix that it continues
+            loss = torch.where(tokens.demonstration_mask, loss, loss * tokens.sampling_ratio)
+        return loss, {**stats, "loss": loss.detach()}
+
+    def share(self, step: int) -> float:
+        return 0.0
+
+
+@dataclass(frozen=True)
+class KLPenalty:
+    """
+    TRL's estimate of the divergence from the reference.
+
+    Args:
+        beta (`float`):
+            Its weight.
+        bias_correction (`bool`, *optional*, defaults to `False`):
+            Whether samples of pi_old are weighted as samples of pi_theta. A demonstration is neither.
+    """
+
+    beta: float
+    bias_correction: bool = False
+    reduction: ClassVar[str | None] = None
+
+    def __call__(self, tokens: TokenBatch, step: int) -> tuple[torch.Tensor, dict[str, Any]]:
+        kl = torch.exp(tokens.ref_logps - tokens.logps) - (tokens.ref_logps - tokens.logps) - 1
+        if self.bias_correction:
+            kl = kl * torch.where(tokens.demonstration_mask, torch.ones_like(tokens.ratio), tokens.ratio)
+        return self.beta * kl, {"kl": kl.detach()}
+
+    def share(self, step: int) -> float:
+        return 0.0
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """
+    Cross-entropy on demonstration tokens: the mean over those of the optimizer step, times a weight with a schedule.
+
+    Args:
+        peak, minimum, warmup_steps, decay_steps:
+            Of the weight; see [`sft_coefficient`].
+        interpolate (`bool`, *optional*, defaults to `False`):
+            Whether the other terms are multiplied by 1 minus the weight.
+        token_weight (`str`, *optional*, defaults to `"none"`):
+            `"chord"` weights each token with p (1 - p) of its probability p.
+    """
+
+    peak: float
+    minimum: float = 0.0
+    warmup_steps: int = 0
+    decay_steps: int | None = None
+    interpolate: bool = False
+    token_weight: str = "none"
+    reduction: ClassVar[str | None] = "demonstrations"
+
+    def _weight(self, step: int) -> float:
+        return sft_coefficient(step, self.peak, self.minimum, self.warmup_steps, self.decay_steps)
+
+    def __call__(self, tokens: TokenBatch, step: int) -> tuple[torch.Tensor, dict[str, Any]]:
+        loss = -tokens.logps * tokens.demonstration_mask
+        if self.token_weight == "chord":
+            probs = tokens.logps.detach().exp()
+            loss = loss * probs * (1 - probs)
+        weight = self._weight(step)
+        return weight * loss, {"demonstration_loss": -tokens.logps.detach(), "sft_loss_coef": weight}
+
+    def share(self, step: int) -> float:
+        return self._weight(step) if self.interpolate else 0.0
+
+
+@dataclass(frozen=True)
+class Objective:
+    """
+    A loss as a sum of terms over masks.
+
+    Args:
+        terms (`tuple[Term, ...]`):
+            The terms.
+        loss_type (`str`, *optional*, defaults to `"dr_grpo"`):
+            How the losses of tokens become one; see [`aggregate`].
+    """
+
+    terms: tuple[Term, ...]
+    loss_type: str = "dr_grpo"
+
+    def __call__(
+        self, tokens: TokenBatch, denominators: Denominators, max_length: int, step: int | None
+    ) -> tuple[torch.Tensor, float, dict[str, Any]]:
+        """
+        The loss of a micro-batch.
+
+        Args:
+            tokens ([`TokenBatch`]):
+                Its tokens.
+            denominators ([`Denominators`]):
+                What sums are divided by.
+            max_length (`int`):
+                The maximum number of tokens of a completion.
+            step (`int`, *optional*):
+                Optimizer step. In evaluation there is none, and terms with a reduction of their own are left out.
+
+        Returns:
+            `tuple[torch.Tensor, float, dict[str, Any]]`: The loss, by what it remains to be divided, and the
+            statistics of the terms.
+        """
+        # "dapo" has the number of micro-batches in its denominator
+        divisor = 1.0 if self.loss_type == "dapo" else denominators.num_means
+        stats: dict[str, Any] = {}
+        shared, others = None, []
+        for term in self.terms:
+            if term.reduction is not None and step is None:
+                continue
+            per_token_loss, term_stats = term(tokens, step)
+            stats |= term_stats
+            if term.reduction is not None:
+                others.append((term, per_token_loss))
+            else:
+                shared = per_token_loss if shared is None else shared + per_token_loss
+        loss = aggregate(shared, tokens.mask, self.loss_type, denominators, max_length)
+        for term, per_token_loss in others:
+            if share := term.share(step):
+                loss = (1 - share) * loss
+            loss = loss + divisor * aggregate(
+                per_token_loss, tokens.demonstration_mask, term.reduction, denominators, max_length
+            )
+        return loss, divisor, stats

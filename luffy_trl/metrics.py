@@ -2,31 +2,15 @@
 
 """Metrics of mixed batches: sums over micro-batches and processes, and formulas over rollouts alone."""
 
-from collections import defaultdict
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
-from trl.trainer.utils import nanmax, nanmin
+from accelerate.utils import gather_object, send_to_device
+from trl.trainer.utils import nanmax, nanmin, nanstd
 
-
-# Every process must know all names: one that has seen no demonstration takes part in their sums.
-_MEANS = (
-    "demonstrations/dropped",
-    "demonstrations/loss",
-    "demonstrations/prob",
-    "demonstrations/ratio",
-    "demonstrations/fraction",
-    "on_policy/loss",
-    # TRL's own, with `length_aware_batching`
-    "entropy",
-    "kl",
-    "policy_loss",
-    "clip_ratio/low_mean",
-    "clip_ratio/high_mean",
-    "clip_ratio/region_mean",
-)
+from .groups import MixedBatch
+from .losses import TokenBatch
 
 
 class RunningMetrics:
@@ -41,85 +25,154 @@ class RunningMetrics:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.sums: dict[str, torch.Tensor] = {}
         self.clear()
 
     def clear(self):
         """Forgets everything."""
-        self.sums = defaultdict(lambda: torch.zeros(2, device=self.device))
-        self.clip_extremes = torch.full((2,), torch.nan, device=self.device)
+        self.sums: dict[str, torch.Tensor] = {}
+        self.minima: dict[str, torch.Tensor] = {}
+        self.maxima: dict[str, torch.Tensor] = {}
 
     def add(self, name: str, total: torch.Tensor | float, count: torch.Tensor | float):
-        """
-        Adds to a mean.
-
-        Args:
-            name (`str`):
-                Name of the metric.
-            total (`torch.Tensor` or `float`):
-                Sum of its values.
-            count (`torch.Tensor` or `float`):
-                How many they are.
-        """
-        self.sums[name] = self.sums[name] + torch.stack(
+        """Adds the sum of some values, and how many they are, to a mean."""
+        added = torch.stack(
             [torch.as_tensor(value, dtype=torch.float32, device=self.device).detach() for value in (total, count)]
         )
+        self.sums[name] = self.sums[name] + added if name in self.sums else added
 
     def add_tokens(self, name: str, values: torch.Tensor, mask: torch.Tensor):
-        """
-        Adds the values of tokens to a mean.
-
-        Args:
-            name (`str`):
-                Name of the metric.
-            values (`torch.Tensor`):
-                A value for each token, of shape `(B, T)`.
-            mask (`torch.Tensor`):
-                Which of them count, of shape `(B, T)`.
-        """
+        """Adds the values of tokens to a mean, where a mask is 1; both of shape `(B, T)`."""
         self.add(name, (values.detach() * mask).sum(), mask.sum())
 
-    def add_clip_extremes(self, extremes: torch.Tensor):
-        """
-        Adds to `clip_ratio/low_min` and `clip_ratio/high_max`.
+    def add_min(self, name: str, value: torch.Tensor):
+        """Lowers a minimum; NaN is no value."""
+        self.minima[name] = torch.fmin(self.minima.get(name, value), value)
 
-        Args:
-            extremes (`torch.Tensor`):
-                The two of a micro-batch, of shape `(2,)`; NaN where it has no rollout.
-        """
-        (low, high), (new_low, new_high) = self.clip_extremes, extremes
-        self.clip_extremes = torch.stack([torch.fmin(low, new_low), torch.fmax(high, new_high)])
+    def add_max(self, name: str, value: torch.Tensor):
+        """Raises a maximum; NaN is no value."""
+        self.maxima[name] = torch.fmax(self.maxima.get(name, value), value)
 
     def collect(self, accelerator: Accelerator) -> dict[str, float]:
-        """
-        Divides what has been summed on all processes, which must call this together, and begins anew.
-
-        Args:
-            accelerator ([`~accelerate.Accelerator`]):
-                Of the trainer.
-
-        Returns:
-            `dict[str, float]`: The metrics, without those that nothing was added to.
-        """
-        totals = accelerator.reduce(torch.stack([self.sums[name] for name in _MEANS]), "sum").tolist()
-        extremes = accelerator.gather(self.clip_extremes).view(-1, 2)
-        extremes = {
-            "clip_ratio/low_min": nanmin(extremes[:, 0]).item(),
-            "clip_ratio/high_max": nanmax(extremes[:, 1]).item(),
-        }
+        """Reduces over all processes, which call this together, and begins again; without what has no value."""
+        kinds = [self.sums, self.minima, self.maxima]
+        names = gather_object([[list(kind) for kind in kinds]])
+        sums, minima, maxima = (sorted({name for own in names for name in own[kind]}) for kind in range(3))
+        metrics: dict[str, float] = {}
+        if sums:
+            nothing = torch.zeros(2, device=self.device)
+            totals = accelerator.reduce(torch.stack([self.sums.get(name, nothing) for name in sums]), "sum").tolist()
+            metrics |= {name: total / count for name, (total, count) in zip(sums, totals, strict=True) if count > 0}
+        nothing = torch.full((), torch.nan, device=self.device)
+        for extremes, own, reduce in ((minima, self.minima, nanmin), (maxima, self.maxima, nanmax)):
+            for name in extremes:
+                value = reduce(accelerator.gather(own.get(name, nothing).reshape(1))).item()
+                if value == value:
+                    metrics[name] = value
         self.clear()
-        means = {name: total / count for name, (total, count) in zip(_MEANS, totals, strict=True) if count > 0}
-        return means | {name: value for name, value in extremes.items() if value == value}
+        return metrics
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"sums": dict(self.sums), "clip_extremes": self.clip_extremes}
+        return {"sums": self.sums, "minima": self.minima, "maxima": self.maxima}
 
     def load_state_dict(self, state: dict[str, Any]):
         """Goes on from a checkpoint."""
         state = send_to_device(state, self.device)
-        self.sums.update(state["sums"])
-        self.clip_extremes = state["clip_extremes"]
+        self.sums = dict(state["sums"])
+        self.minima, self.maxima = dict(state.get("minima", {})), dict(state.get("maxima", {}))
+        if "clip_extremes" in state:  # of version 0.1
+            self.minima["clip_ratio/low_min"], self.maxima["clip_ratio/high_max"] = state["clip_extremes"]
+
+
+def demonstration_means(tokens: TokenBatch, stats: dict[str, Any]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The metrics of a micro-batch that are means over tokens: values, and the mask of the tokens that count."""
+    demonstration_mask, mask, rollout_mask = tokens.demonstration_mask, tokens.mask, tokens.rollout_mask
+    return {
+        "demonstrations/loss": (stats.get("demonstration_loss", stats["loss"]), demonstration_mask),
+        "demonstrations/prob": (tokens.logps.detach().exp(), demonstration_mask),
+        "demonstrations/ratio": (stats["coefficient"], demonstration_mask),
+        "demonstrations/fraction": (demonstration_mask, mask),
+        "on_policy/loss": (stats["loss"], rollout_mask),
+    }
+
+
+def rollout_means(tokens: TokenBatch, stats: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """TRL's metrics of a micro-batch that are means over rollout tokens, of shape `(B, T)`."""
+    low, high = stats["low_clipped"], stats["high_clipped"]
+    return {
+        "entropy": tokens.entropies,
+        **({"kl": stats["kl"]} if "kl" in stats else {}),
+        "clip_ratio/low_mean": low.float(),
+        "clip_ratio/high_mean": high.float(),
+        "clip_ratio/region_mean": (low | high).float(),
+    }
+
+
+def clip_extremes(tokens: TokenBatch, stats: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The minimum of `clip_ratio/low` and the maximum of `clip_ratio/high` over rows; NaN without rollouts."""
+    mask = tokens.rollout_mask
+    # NaN for a demonstration, and left out. Processes may hold different numbers of rows.
+    lows, highs = ((stats[name] * mask).sum(-1) / mask.sum(-1) for name in ("low_clipped", "high_clipped"))
+    return nanmin(lows), nanmax(highs)
+
+
+def reduce_rollout_means(tokens: TokenBatch, stats: dict[str, Any], accelerator: Accelerator) -> dict[str, float]:
+    """TRL's metrics of one of its micro-batches, over the rollout tokens of all processes."""
+    means, rollout_mask, mask = rollout_means(tokens, stats), tokens.rollout_mask, tokens.mask
+    extremes = torch.stack(clip_extremes(tokens, stats))
+    sums = [(values.detach() * rollout_mask).sum() for values in means.values()]
+    counts = [rollout_mask.sum().float(), mask.sum().float()]
+    *totals, num_rollout_tokens, num_tokens = accelerator.reduce(torch.stack([*sums, *counts]), "sum")
+    if num_rollout_tokens == 0 and num_tokens > 0:
+        return {}  # only demonstrations in this micro-batch, on any process
+    extremes = accelerator.gather(extremes).view(-1, 2)
+    return {
+        **{
+            name: (total / num_rollout_tokens.clamp(min=1.0)).item() for name, total in zip(means, totals, strict=True)
+        },
+        "clip_ratio/low_min": nanmin(extremes[:, 0]).item(),
+        "clip_ratio/high_max": nanmax(extremes[:, 1]).item(),
+    }
+
+
+def describe_batch(batch: MixedBatch, rewards: torch.Tensor, reward_weights: torch.Tensor) -> dict[str, float]:
+    """
+    Metrics of a generation batch that every process can compute from what has been gathered anyway.
+
+    Args:
+        batch ([`MixedBatch`]):
+            The batch, with its rewards.
+        rewards (`torch.Tensor` of shape `(N,)`):
+            The weighted reward of each row.
+        reward_weights (`torch.Tensor` of shape `(F,)`):
+            Weights of the reward functions.
+
+    Returns:
+        `dict[str, float]`: `demonstrations/reward` and `/length`, `on_policy/solve_all` and `/solve_none`.
+    """
+    metrics = {}
+    if batch.is_mixed:
+        metrics["demonstrations/reward"] = rewards[batch.is_demonstration].nanmean().item()
+        metrics["demonstrations/length"] = batch.lengths[batch.is_demonstration].float().mean().item()
+    # A rollout solves its problem where it earns 1 from each reward function that applies to it. Rows that no
+    # function scores have no say.
+    full_rewards = (~batch.rollout_rewards.isnan() * reward_weights).sum(dim=1)
+    rollout_rewards = weighted_sum(batch.rollout_rewards, reward_weights)
+    return metrics | describe_groups(rollout_rewards, full_rewards, batch.num_generations)
+
+
+def share_of_equal_groups(rollout_rewards: torch.Tensor, num_generations: int) -> float:
+    """TRL's `frac_reward_zero_std` over rollouts, from their rewards of shape `(N,)`, NaN elsewhere."""
+    groups = rollout_rewards.view(-1, num_generations)
+    is_single = (~groups.isnan()).sum(dim=1) == 1  # a single rollout does not differ from itself
+    std = nanstd(groups, dim=1).masked_fill(is_single, 0.0)
+    return torch.isclose(std, torch.zeros_like(std)).float().mean().item()
+
+
+def weighted_sum(rewards_per_func: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The reward of each row, of shape `(N,)`, from those of shape `(N, F)`; NaN for a row that none applies to."""
+    rewards = (rewards_per_func * weights.to(rewards_per_func.device).unsqueeze(0)).nansum(dim=1)
+    return rewards.masked_fill(torch.isnan(rewards_per_func).all(dim=1), torch.nan)
 
 
 def describe_lengths(lengths: torch.Tensor, is_truncated: torch.Tensor) -> dict[str, float]:

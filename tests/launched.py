@@ -285,7 +285,7 @@ def canned(output_dir):
     def answer(prompt_ids, completion_ids, logps, sampled):
         generated.append(len(sampled))
         for i in sampled:
-            slot = (trainer._local_rows.start + i) % trainer.num_generations
+            slot = trainer._batch.slot(i)
             rng = random.Random(f"{prompt_ids[i]}-{slot}")
             completion_ids[i] += [rng.randrange(6, 90) for _ in range(rng.randrange(2, 15))]
 

@@ -8,12 +8,8 @@ from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 from transformers import Qwen2Tokenizer
 
 from luffy_trl import LuffyTrainer
-from luffy_trl.demonstrations import (
-    choose_demonstrations,
-    to_supervised,
-    tokenize_demonstrations,
-    without_doubled_think,
-)
+from luffy_trl.demonstrations import to_supervised, tokenize_demonstrations, without_doubled_think
+from luffy_trl.sources.dataset import choose_demonstrations
 
 
 EOS = "<|im_end|>"

@@ -121,14 +121,14 @@ def test_traces_are_loaded_once_for_each_generation(model_path, tmp_path):
         tiny.make_args(tmp_path, gradient_accumulation_steps=4, max_steps=2),
         Dataset.from_list(tiny.addition_rows(16)),
     )
-    loaded, traces = [], trainer._traces
+    loaded, traces = [], trainer.method.source._traces
 
     class Counted:
         def __getitem__(self, number):
             loaded.append(number)
             return traces[number]
 
-    trainer._traces = Counted()
+    trainer.method.source._traces = Counted()
     assert not {"demonstration_ids", "demonstration_logps"} & set(trainer.train_dataset.column_names)
     trainer.train()
     assert len(loaded) == len(set(loaded)) == 8  # two generations of four groups
@@ -1099,7 +1099,7 @@ def test_a_lost_server_is_named(model_path, tmp_path):
     with pytest.raises(ConnectionError):  # not what a server has to do with
         trainer.train()
     del trainer._continue
-    trainer._generate_rollouts_with_vllm = refuse
+    trainer._sample_with_vllm = refuse
     trainer.use_vllm, trainer.vllm_mode = True, "server"
     with pytest.raises(RuntimeError, match=r"lost while completions for update 1 .*\(Connection refused\). Start it"):
         trainer.train()
@@ -1243,7 +1243,7 @@ def test_the_end_of_turn_without_a_generation_config(tmp_path):
     rows = [{"prompt": [{"role": "user", "content": "1"}], "demonstrations": ["2"]}]
     trainer = LuffyTrainer(path, tiny.share_of_digits, tiny.make_args(tmp_path / "out"), Dataset.from_list(rows))
     end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert trainer._traces[0]["demonstration_ids"][0][-1] == end_of_turn
+    assert trainer.method.source._traces[0]["demonstration_ids"][0][-1] == end_of_turn
     assert trainer.eos_token_ids == [tokenizer.eos_token_id, end_of_turn]
 
 
@@ -1353,7 +1353,11 @@ def test_everything_that_is_overridden_is_guarded():
     marks = test_overridden_methods_have_the_signature_that_trl_calls.pytestmark
     guarded = {parameters[0] for mark in marks for parameters in mark.args[1]}
     guarded |= {"__init__", "_get_per_token_logps_and_entropies"}
+    own = LuffyTrainer.__mro__[: LuffyTrainer.__mro__.index(GRPOTrainer)]
     overridden = {
-        name for name, value in vars(LuffyTrainer).items() if inspect.isfunction(value) and hasattr(GRPOTrainer, name)
+        name
+        for cls in own
+        for name, value in vars(cls).items()
+        if inspect.isfunction(value) and hasattr(GRPOTrainer, name)
     }
-    assert overridden == guarded
+    assert overridden == guarded and len(own) == 6

@@ -18,9 +18,10 @@ def test_means_weigh_by_tokens():
     metrics.add_tokens("entropy", torch.tensor([[6.0]]), torch.tensor([[True]]))
     metrics.add_tokens("kl", torch.tensor([[6.0]]), torch.tensor([[0]]))
     metrics.add("demonstrations/dropped", 3, 2.0)
-    metrics.add_clip_extremes(torch.tensor([NAN, NAN]))
-    metrics.add_clip_extremes(torch.tensor([0.5, 0.25]))
-    metrics.add_clip_extremes(torch.tensor([0.75, 0.125]))
+    for low, high in ((NAN, NAN), (0.5, 0.25), (0.75, 0.125)):
+        metrics.add_min("clip_ratio/low_min", torch.tensor(low))
+        metrics.add_max("clip_ratio/high_max", torch.tensor(high))
+    metrics.add_max("nothing", torch.tensor(NAN))
 
     resumed = RunningMetrics(torch.device("cpu"))
     resumed.load_state_dict(metrics.state_dict())
@@ -32,6 +33,13 @@ def test_means_weigh_by_tokens():
             "clip_ratio/high_max": 0.25,
         }
         assert each.collect(Accelerator(cpu=True)) == {}
+
+
+def test_sums_of_version_0_1():
+    metrics = RunningMetrics(torch.device("cpu"))
+    state = {"sums": {"entropy": torch.tensor([9.0, 3.0])}, "clip_extremes": torch.tensor([0.5, NAN])}
+    metrics.load_state_dict(state)
+    assert metrics.collect(Accelerator(cpu=True)) == {"entropy": 3.0, "clip_ratio/low_min": 0.5}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from luffy_trl import LuffyTrainer
-from luffy_trl.resuming import find_last_checkpoint
+from luffy_trl.mixins.resuming import find_last_checkpoint
 
 
 def history(folder):

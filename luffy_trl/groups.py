@@ -1,0 +1,152 @@
+# Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
+
+"""
+What travels through a training step: demonstrations, and the generation batch that they are a part of.
+
+Letters of shapes: N rows of all processes, B rows of this process, G completions of a group, F reward functions, T
+tokens of the longest completion.
+"""
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """
+    Tokens that a completion begins with and that the policy does not sample now.
+
+    Args:
+        ids (`list[int]`):
+            Token ids: a complete trace, or a prefix of it.
+        logps (`list[float]`, *optional*):
+            Their log-probabilities under whoever wrote them, log pi_phi.
+        is_complete (`bool`, *optional*, defaults to `True`):
+            Whether this is the complete trace. If not, the policy continues.
+        key (`Hashable`, *optional*):
+            Equal for equal traces of equal rows: rewards and reference log-probs are computed once for each key.
+    """
+
+    ids: list[int]
+    logps: list[float] | None = None
+    is_complete: bool = True
+    key: Hashable = None
+
+    @property
+    def source(self) -> str:
+        """What the completions table calls the row."""
+        return "demonstration" if self.is_complete else "prefix"
+
+
+class MixedBatch:
+    """
+    A generation batch: its rows, what each begins with, and what each has earned.
+
+    Row i of this process is slot `(local.start + i) % G` of its group, from the dataset to TRL's shuffle. What has N
+    rows is equal on all processes. Demonstrations are inserted once: before sampling, or after rollouts were scored.
+
+    Args:
+        rows (`list[dict[str, Any]]`):
+            The B rows of this process, without the columns of the demonstrations.
+        num_generations (`int`):
+            G.
+        accelerator ([`~accelerate.Accelerator`]):
+            Of the trainer.
+        passes (`list[str]`, *optional*):
+            The passes over the batch that TRL will make, in their order: `"old"`, `"reference"`.
+
+    Attributes:
+        demonstrations (`list[Demonstration | None]`): What each of the B rows begins with.
+        waiting (`list[Demonstration | None]` or `None`): What each would begin with, if its group fails.
+        lengths (`torch.Tensor` of shape `(N,)`): Demonstration tokens of each row.
+        rewards, rollout_rewards (`torch.Tensor` of shape `(N, F)` or `None`): What each row has earned, and what each
+            rollout has: NaN where there was none. They differ where rollouts were replaced.
+        scores (`list[dict[int, float]]`): For each of the B rows, its reward by the number of the reward function.
+        extra_logs (`dict[str, list]`): Columns that reward functions log, with B values.
+    """
+
+    def __init__(
+        self,
+        rows: list[dict[str, Any]],
+        num_generations: int,
+        accelerator: Accelerator,
+        passes: list[str] | None = None,
+    ):
+        self.rows, self.num_generations, self.accelerator = rows, num_generations, accelerator
+        self.passes = passes or []
+        self.current_pass: str | None = None
+        start = accelerator.process_index * len(rows)  # groups span processes
+        self.local = slice(start, start + len(rows))
+        self.demonstrations: list[Demonstration | None] = [None] * len(rows)
+        self.waiting: list[Demonstration | None] | None = None
+        self.lengths = torch.zeros(len(rows) * accelerator.num_processes, dtype=torch.long, device=accelerator.device)
+        self.has_behavior_logps = False
+        self.rewards: torch.Tensor | None = None
+        self.rollout_rewards: torch.Tensor | None = None
+        self.scores: list[dict[int, float]] = [{} for _ in rows]
+        self.extra_logs: dict[str, list] = {}
+
+    def slot(self, row: int) -> int:
+        """The slot of a local row in its group."""
+        return (self.local.start + row) % self.num_generations
+
+    def insert(self, demonstrations: list[Demonstration | None], score_cache: dict[Hashable, dict] | None = None):
+        """Sets what the local rows begin with. All processes call this together."""
+        self.demonstrations = demonstrations
+        described = [(len(shown.ids), bool(shown.logps)) if shown else (0, False) for shown in demonstrations]
+        described = self.accelerator.gather(torch.tensor(described, device=self.accelerator.device))
+        self.lengths, self.has_behavior_logps = described[:, 0], bool(described[:, 1].any())
+        for row, key in enumerate(self.keys):
+            if demonstrations[row]:  # what a replaced rollout has earned is not of the demonstration
+                self.scores[row] = {} if score_cache is None or key is None else score_cache.setdefault(key, {})
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether any row of any process begins with a demonstration."""
+        return bool(self.is_demonstration.any())
+
+    @property
+    def is_demonstration(self) -> torch.Tensor:
+        """Which rows begin with demonstration tokens, of shape `(N,)`."""
+        return self.lengths > 0
+
+    @property
+    def keys(self) -> list[Hashable | None]:
+        """The key of each local row that is a complete demonstration."""
+        return [shown.key if shown and shown.is_complete else None for shown in self.demonstrations]
+
+    @property
+    def sources(self) -> list[str]:
+        """What each local row is, for the completions table."""
+        return [shown.source if shown else "rollout" for shown in self.demonstrations]
+
+    def next_pass(self, ref_logps_cache: dict[Hashable, torch.Tensor] | None) -> list[torch.Tensor | None]:
+        """For each local row, the log-probs that need no forward pass in the next pass over the batch."""
+        self.current_pass = self.passes.pop(0)
+        if self.current_pass == "reference":
+            return [None if ref_logps_cache is None else ref_logps_cache.get(key) for key in self.keys]
+        # The old log-probs of a demonstration are not used
+        return [None if key is None else torch.zeros(0) for key in self.keys]
+
+    def keep_logps(self, logps: torch.Tensor, ref_logps_cache: dict[Hashable, torch.Tensor]):
+        """Keeps the reference's log-probs of complete demonstrations, from those of shape `(B, T)`."""
+        if self.current_pass == "reference":
+            for row, key in enumerate(self.keys):
+                if key is not None and key not in ref_logps_cache:
+                    ref_logps_cache[key] = logps[row, : len(self.demonstrations[row].ids)].cpu()
+
+    def add_to(self, output: dict[str, torch.Tensor | Any]):
+        """Adds what the loss needs of the demonstrations to what TRL has made of the batch."""
+        ids = output["completion_ids"]
+        positions = torch.arange(ids.size(1), device=ids.device)
+        output["demonstration_mask"] = positions < self.lengths[self.local].unsqueeze(1)
+        output["num_demonstration_tokens"] = self.lengths.sum()
+        if self.has_behavior_logps:
+            output["behavior_logps"] = torch.zeros_like(ids, dtype=torch.float32)
+            for i, shown in enumerate(self.demonstrations):
+                if shown and shown.logps:
+                    output["behavior_logps"][i, : len(shown.logps)] = torch.tensor(shown.logps, device=ids.device)

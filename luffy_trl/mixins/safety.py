@@ -1,0 +1,56 @@
+# Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
+
+"""A run that keeps to its own folder, stops at a number that is not finite, and ends when its work is done."""
+
+import atexit
+
+from datasets import IterableDataset
+from trl import GRPOTrainer
+
+from ..checks import check_finite
+from ..processes import OneStream, end_processes, locked
+
+
+class SafeTrainer(GRPOTrainer):
+    """
+    A [`~trl.GRPOTrainer`] that guards a run.
+
+    - Overrides `train`: no other run may write to the folder, a stream that is too short is an error, and the process
+      group is closed when Python ends.
+    - Overrides `_get_dataloader`: on several processes the rows of a group in a stream belong to one prompt.
+    - Overrides `compute_loss` and `_get_grad_norm`: what is not finite does not reach the weights.
+    - Keeps every number of TRL.
+    """
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
+        with locked(self.args.output_dir):
+            result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        if result.global_step == 0 and isinstance(self.train_dataset, IterableDataset):
+            raise ValueError(
+                "The stream `train_dataset` ended before the first update: it has fewer rows than the "
+                f"{self.args.generation_batch_size // self.num_generations} prompts that are generated for at once."
+            )
+        if self.accelerator.num_processes > 1:
+            # Threads of a process group that is left open can abort the process while Python ends.
+            atexit.unregister(end_processes)
+            atexit.register(end_processes)
+        return result
+
+    def _get_dataloader(
+        self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
+    ):
+        if isinstance(dataset, IterableDataset) and self.accelerator.num_processes > 1:
+            dataset = OneStream(dataset)
+        return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.is_deepspeed_enabled:  # it updates the weights right after its backward pass
+            check_finite("loss", loss, self.state.global_step + 1, self.args.output_dir)
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        if grad_norm is not None and self.accelerator.scaler is None:  # a scaler of fp16 skips such an update itself
+            check_finite("gradient", grad_norm, self.state.global_step + 1, self.args.output_dir)
+        return grad_norm

@@ -1,0 +1,123 @@
+# Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
+
+"""Sampling where completions begin with given tokens, and processes have different numbers of them to sample."""
+
+from contextlib import contextmanager
+from itertools import groupby
+
+import torch
+import torch.distributed
+from accelerate.utils import broadcast_object_list, gather_object
+from trl import GRPOTrainer
+
+from ..groups import Demonstration
+
+
+class UnevenSamplingTrainer(GRPOTrainer):
+    """
+    A [`~trl.GRPOTrainer`] that samples only what is not given.
+
+    - Overrides `_generate_single_turn`, which calls TRL's own for the rows that are sampled.
+    - Adds `given`, which a subclass overrides, and `_continue`.
+    - Keeps TRL's sampling, to the last bit, where nothing is given.
+    """
+
+    def given(self) -> list[Demonstration | None] | None:
+        """What the completions of this process begin with; `None` where no process has anything given."""
+        return None
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        given = self.given()
+        if given is None:
+            with self._naming_a_lost_server():
+                return super()._generate_single_turn(
+                    prompt_ids, images, multimodal_fields, num_generations, has_tool_images
+                )
+
+        # A rollout follows the prompt, and what follows a partial demonstration its prefix.
+        sampled = [
+            i for i, demonstration in enumerate(given) if demonstration is None or not demonstration.is_complete
+        ]
+        completion_ids = [list(demonstration.ids) if demonstration else [] for demonstration in given]
+        # No sampler gave a demonstration log-probs: `None` becomes an importance-sampling ratio of exactly 1.
+        logps = [[None] * len(ids) for ids in completion_ids] if self.use_vllm else None
+        self._continue(prompt_ids, completion_ids, logps, sampled)
+        return completion_ids, logps
+
+    def _continue(self, prompt_ids, completion_ids, logps, sampled: list[int]):
+        """Samples what follows the completions of some rows, up to the budget of a row, in place."""
+        sampled_prompt_ids = [prompt_ids[i] + completion_ids[i] for i in sampled]
+        sampled_ids: list[list[int]] = []
+        if self.use_vllm:
+            with self._naming_a_lost_server():
+                sampled_ids, sampled_logps = self._sample_with_vllm(sampled_prompt_ids, prompt_ids[0])
+        elif sampled:
+            sampled_ids, _ = super()._generate_single_turn(sampled_prompt_ids, None, {}, self.num_generations)
+        elif self._is_sharded:
+            # Sharded models generate together: a process without rollouts has to take part, or the others hang.
+            super()._generate_single_turn(prompt_ids[:1], None, {}, self.num_generations)
+
+        for number, i in enumerate(sampled):
+            budget = self.max_completion_length - len(completion_ids[i])
+            completion_ids[i] += sampled_ids[number][:budget]
+            if self.use_vllm:
+                logps[i] += sampled_logps[number][:budget]
+
+    @contextmanager
+    def _naming_a_lost_server(self):
+        """Says what to do where the client of the vLLM server raises an error; those of rewards are not its."""
+        try:
+            yield
+        except OSError as error:
+            if not self.use_vllm or self.vllm_mode != "server":
+                raise
+            raise RuntimeError(
+                f"The vLLM server was lost while completions for update {self.state.global_step + 1} were generated "
+                f"({error}). Start it again, and resume from the last checkpoint in {self.args.output_dir!r} with "
+                "`resume_from_checkpoint=True`."
+            ) from error
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether all processes have to take part in a forward pass of the model."""
+        plugin = self.accelerator.state.deepspeed_plugin
+        return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
+
+    def _sample_with_vllm(
+        self, prompt_ids: list[list[int]], spare_prompt_ids: list[int]
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """
+        Samples one completion for each prompt where processes hold different numbers of prompts.
+
+        TRL's vLLM client gives each process the slice of completions that it would own if all of them held as many
+        prompts, in runs of `num_generations`. So one process passes the prompts of all and the others none, and then
+        each takes its own. Where a colocated engine has nothing to sample, it samples the spare prompt for nothing:
+        only after generating does it go to sleep and meet the barriers that other engines wait at.
+        """
+        is_server = self.vllm_mode == "server"
+        if not is_server and self.vllm_generation.tensor_parallel_size == 1:
+            result = super()._generate_single_turn(prompt_ids or [spare_prompt_ids], None, {}, 1)
+            return result if prompt_ids else ([], [])
+
+        group = None if is_server else self.vllm_generation.tp_group
+        if is_server:
+            prompts_of_rank = gather_object([prompt_ids])
+            rank = self.accelerator.process_index
+        else:
+            prompts_of_rank = [None] * self.vllm_generation.tensor_parallel_size
+            torch.distributed.all_gather_object(prompts_of_rank, prompt_ids, group=group)
+            rank = torch.distributed.get_rank(group=group)
+        all_prompts = [ids for prompts in prompts_of_rank for ids in prompts] or [spare_prompt_ids]
+
+        # Where every group has as many rollouts, the server samples them from one request per prompt.
+        runs = {len(list(equal)) for _, equal in groupby(all_prompts)} if is_server else {1}
+        num_generations = runs.pop() if len(runs) == 1 else 1
+        result = super()._generate_single_turn(all_prompts if rank == 0 else [], None, {}, num_generations)
+        if is_server:
+            result = broadcast_object_list([result], from_process=0)[0]
+        else:
+            results = [None] * len(prompts_of_rank)
+            torch.distributed.all_gather_object(results, result, group=group)
+            result = results[0]
+        start = sum(len(prompts) for prompts in prompts_of_rank[:rank])
+        return tuple(values[start : start + len(prompt_ids)] for values in result)

@@ -1,0 +1,76 @@
+# Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
+
+"""
+Each completion is scored once.
+
+TRL calls a reward function with all rows of a process. A wrapper calls the user's function for those rows that have no
+score yet: where rollouts of failed groups were replaced, or traces were scored before. Reward models are called by TRL
+itself, with all rows each time.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from trl.trainer.utils import is_async_callable
+
+from .groups import MixedBatch
+
+
+def score_once(reward_func: Callable | nn.Module, number: int, get_batch: Callable[[], MixedBatch | None]) -> Callable:
+    """
+    Wraps a reward function so that it is called for rows without a score only.
+
+    Args:
+        reward_func (`Callable` or `nn.Module`):
+            A reward function of TRL's kind, which is returned as it is if it is a model.
+        number (`int`):
+            Its number among the reward functions.
+        get_batch (`Callable[[], MixedBatch | None]`):
+            Returns the batch that is being scored.
+
+    Returns:
+        `Callable`: The wrapped function.
+    """
+    if isinstance(reward_func, nn.Module):
+        return reward_func
+
+    def before(kwargs: dict[str, Any]) -> tuple[MixedBatch, list[int], dict[str, Any]]:
+        batch = get_batch()
+        rows = [i for i, scores in enumerate(batch.scores) if number not in scores]
+
+        def log_extra(column: str, values: list):
+            logged = batch.extra_logs.setdefault(column, [None] * len(batch.scores))
+            for i, value in zip(rows, values, strict=True):
+                logged[i] = value
+
+        selected = {
+            name: [values[i] for i in rows]
+            if isinstance(values, list) and len(values) == len(batch.scores)
+            else values
+            for name, values in kwargs.items()
+        }
+        return batch, rows, {**selected, "log_extra": log_extra}
+
+    def after(batch: MixedBatch, rows: list[int], rewards: list) -> list:
+        if len(rewards) != len(rows):
+            return rewards  # TRL says what is wrong
+        for i, reward in zip(rows, rewards, strict=True):
+            batch.scores[i][number] = reward
+        return [scores[number] for scores in batch.scores]
+
+    if is_async_callable(reward_func):
+
+        @functools.wraps(reward_func)
+        async def scored_once(**kwargs):
+            batch, rows, selected = before(kwargs)
+            return after(batch, rows, await reward_func(**selected) if rows else [])
+    else:
+
+        @functools.wraps(reward_func)
+        def scored_once(**kwargs):
+            batch, rows, selected = before(kwargs)
+            return after(batch, rows, reward_func(**selected) if rows else [])
+
+    return scored_once
