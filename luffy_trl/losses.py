@@ -352,6 +352,22 @@ class TokenBatch:
     sampling_ratio: torch.Tensor | None = None
     entropies: torch.Tensor | None = None
 
+    @classmethod
+    def from_inputs(cls, inputs: dict[str, Any], logps: torch.Tensor, entropies: torch.Tensor) -> "TokenBatch":
+        """The tokens of TRL's inputs, under the policy. Where there was no pass of pi_old, it is the policy."""
+        mask, old_logps = inputs["completion_mask"], inputs.get("old_per_token_logps")
+        return cls(
+            logps=logps,
+            old_logps=logps.detach() if old_logps is None else old_logps,
+            mask=mask,
+            demonstration_mask=inputs["demonstration_mask"] & mask.bool(),
+            advantages=inputs["advantages"],
+            behavior_logps=inputs.get("behavior_logps"),
+            ref_logps=inputs.get("ref_per_token_logps"),
+            sampling_ratio=inputs.get("importance_sampling_ratio"),
+            entropies=entropies,
+        )
+
     def __post_init__(self):
         # The first of all operations, and made once: so the gradients of all terms add up in TRL's order, to the bit
         self.ratio = importance_ratio(self.logps, self.old_logps, self.demonstration_mask, self.behavior_logps)
@@ -390,14 +406,31 @@ class Denominators:
     num_means: float
 
     @classmethod
-    def of_micro_batch(cls, mask: torch.Tensor, num_means: float, **per_update: torch.Tensor) -> "Denominators":
-        """Those of one of TRL's micro-batches, whose mask has the shape `(B, T)`."""
-        return cls(mask.size(0), mask.sum().clamp(min=1.0), num_means=num_means, **per_update)
+    def from_inputs(
+        cls, inputs: dict[str, Any], num_means: float, num_updates: float, num_processes: int
+    ) -> "Denominators":
+        """
+        Those of TRL's inputs of a micro-batch, or of the optimizer step where they carry `num_sequences`.
 
-    @classmethod
-    def of_update(cls, inputs: dict[str, Any], **per_update: torch.Tensor) -> "Denominators":
-        """Those of an optimizer step, which micro-batches by length carry with them."""
-        return cls(inputs["num_sequences"], inputs["num_tokens"].clamp(min=1.0), num_means=1.0, **per_update)
+        `num_updates` is the share of an optimizer step in the generation batch, whose tokens the inputs count.
+        """
+
+        def per_update(num_tokens: torch.Tensor) -> torch.Tensor:
+            return num_tokens.clamp(min=1.0) / num_processes * num_updates
+
+        num_update_tokens = per_update(inputs["num_items_in_batch"])
+        num_update_demonstration_tokens = per_update(inputs["num_demonstration_tokens"])
+        if "num_sequences" in inputs:
+            num_sequences, num_tokens, num_means = inputs["num_sequences"], inputs["num_tokens"], 1.0
+        else:
+            num_sequences, num_tokens = inputs["completion_mask"].size(0), inputs["completion_mask"].sum()
+        return cls(
+            num_sequences,
+            num_tokens.clamp(min=1.0),
+            num_update_tokens,
+            num_update_demonstration_tokens,
+            num_means,
+        )
 
 
 def aggregate(

@@ -5,8 +5,8 @@ LUFFY (arXiv 2504.14945) is GRPO with three changes. They stand below in the ord
 
 1. Mixed groups. `_generate_and_score_completions` opens slots of each group to demonstrations, which are not sampled;
    with `demonstration_policy="on_failure"`, `_generate` inserts them where the rollouts of a group fail.
-2. Both are scored alike, each completion once, and the advantages are those of the mixed group. TRL gets to see the
-   rewards of rollouts only: its metrics skip what is NaN.
+2. Rewards and advantages. Both are scored alike, each completion once, and the advantages are those of the mixed
+   group. TRL gets to see the rewards of rollouts only: its metrics skip what is NaN.
 3. Policy shaping. `_compute_loss` reads the tokens, and the objective of the method (`methods`) makes the loss of them.
 
 One [`~luffy_trl.groups.MixedBatch`] travels from the first to the last. What GRPOTrainer lacks beside that is in
@@ -34,18 +34,17 @@ from .losses import Denominators, TokenBatch, aggregate, group_advantages
 from .luffy_config import LuffyConfig
 from .methods import OPTIONS_OF_A_METHOD, Method
 from .metrics import (
-    clip_extremes,
-    demonstration_means,
+    add_rollout_means,
+    add_token_means,
     describe_batch,
-    describe_lengths,
+    describe_rollouts,
     describe_sampling,
     reduce_rollout_means,
-    rollout_means,
     share_of_equal_groups,
     weighted_sum,
 )
 from .mixins.length_aware import LengthAwareTrainer
-from .mixins.model_cards import CardTrainer
+from .mixins.model_cards import LUFFY_PAPER, CardTrainer
 from .mixins.safety import SafeTrainer
 from .mixins.sampling import UnevenSamplingTrainer
 from .scoring import score_once
@@ -79,9 +78,9 @@ class LuffyTrainer(LengthAwareTrainer, UnevenSamplingTrainer, SafeTrainer, CardT
             Configuration. If `None`, the defaults of [`LuffyConfig`].
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             As in [`~trl.GRPOTrainer`], and with the traces: either a column `demonstrations`, a list of traces for
-            each prompt, or TRL's prompt-completion format with one trace in `completion`. A trace is a string, or, with
-            conversational prompts, a list with one assistant message. A row without a trace (an empty list or `None`)
-            trains on rollouts alone.
+            each prompt, or TRL's prompt-completion format with one trace in `completion`. A trace is a string, or,
+            with conversational prompts, a list with one assistant message. A row without a trace (an empty list or
+            `None`) trains on rollouts alone.
         model, reward_funcs, eval_dataset, processing_class, reward_processing_classes, callbacks, optimizers,
         quantization_config, peft_config, tools, rollout_func, environment_factory:
             As in [`~trl.GRPOTrainer`]. The last three are refused together with demonstrations. `eval_dataset` is
@@ -98,17 +97,7 @@ class LuffyTrainer(LengthAwareTrainer, UnevenSamplingTrainer, SafeTrainer, CardT
 
     _tag_names = ["trl", "luffy", "grpo"]
     _name = "LUFFY"
-    _paper = {
-        "title": "Learning to Reason under Off-Policy Guidance",
-        "id": "2504.14945",
-        "citation": """\
-@article{yan2025learning,
-    title        = {{Learning to Reason under Off-Policy Guidance}},
-    author       = {Jianhao Yan and Yafu Li and Zican Hu and Zhi Wang and Ganqu Cui and Xiaoye Qu and Yu Cheng and Yue Zhang},
-    year         = 2025,
-    eprint       = {arXiv:2504.14945},
-}""",
-    }
+    _paper = LUFFY_PAPER
 
     def __init__(
         self,
@@ -187,7 +176,7 @@ class LuffyTrainer(LengthAwareTrainer, UnevenSamplingTrainer, SafeTrainer, CardT
             return super()._generate_and_score_completions(inputs)
         rows = [{key: value for key, value in row.items() if key not in DEMONSTRATION_COLUMNS} for row in inputs]
         is_mixing = self.model.training and self.method.source is not None
-        self._batch = batch = MixedBatch(rows, self.num_generations, self.accelerator, self._name_passes())
+        self._batch = batch = MixedBatch(rows, self.num_generations, self.accelerator, self.name_passes())
         try:
             if is_mixing:
                 demonstrations, num_dropped = self.method.source.open_slots(inputs, batch, self.state.global_step)
@@ -220,9 +209,7 @@ class LuffyTrainer(LengthAwareTrainer, UnevenSamplingTrainer, SafeTrainer, CardT
         elif self._batch is not None and self._batch.is_mixed:
             # TRL has just described all completions; these are the same formulas over the policy's own.
             ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
-            described = torch.tensor([[len(ids), ids[-1] not in ends] for ids in result[1]])
-            described = self.accelerator.gather(described.to(self.accelerator.device))[~self._batch.is_demonstration]
-            self._replace_metrics(describe_lengths(described[:, 0], described[:, 1].bool()))
+            self._replace_metrics(describe_rollouts(result[1], ends, self._batch))
         return result
 
     def _replace_failures(self, batch: MixedBatch, prompts, prompt_ids, completion_ids, completions, logps):
@@ -246,14 +233,6 @@ class LuffyTrainer(LengthAwareTrainer, UnevenSamplingTrainer, SafeTrainer, CardT
             self._continue(prompt_ids, completion_ids, logps, prefixes)
         for i in replaced:
             completions[i] = decode_completion(self._tokenizer, prompts[i], prompt_ids[i], completion_ids[i])
-
-    def _name_passes(self) -> list[str]:
-        """TRL computes old log-probs where updates lag behind generation, and then those of the reference."""
-        generate_every = self.args.steps_per_generation * self.num_iterations
-        is_old = self.args.gradient_accumulation_steps % generate_every != 0 or (
-            self.use_vllm and self.vllm_importance_sampling_correction
-        )
-        return [*(["old"] if is_old else []), *(["reference"] if self.beta != 0.0 else [])]
 
     def known_logps(self, num_rows: int) -> list[torch.Tensor | None]:
         return super().known_logps(num_rows) if self._batch is None else self._batch.next_pass(self._ref_logps_cache)
@@ -292,10 +271,11 @@ class LuffyTrainer(LengthAwareTrainer, UnevenSamplingTrainer, SafeTrainer, CardT
         for i, name in enumerate(self.reward_func_names):
             self._logs["rewards"][name].extend(batch.rewards[:, i].tolist())
         self._logs["advantages"].extend(advantages.tolist())
-        self._append_metrics(describe_batch(batch, rewards, self.reward_weights.to(rewards.device)))
+        metrics = describe_batch(batch, rewards, self.reward_weights.to(rewards.device))
+        self._append_metrics(metrics)
         if not batch.is_mixed:
             return
-        if not (rewards > 0)[is_demonstration].any():
+        if metrics["demonstrations/reward"] <= 0 and not (rewards > 0)[is_demonstration].any():
             logger.warning_once(
                 "No demonstration of a generation batch earns a reward: the policy learns to avoid them. See why with "
                 "`luffy inspect`; most often the reward wants a form of answer that the traces do not have."
@@ -313,41 +293,7 @@ class LuffyTrainer(LengthAwareTrainer, UnevenSamplingTrainer, SafeTrainer, CardT
         if self.args.is_plain_grpo:
             return super()._compute_loss(model, inputs)  # with every loss and option that TRL has
         mode = "train" if self.model.training else "eval"
-        tokens, aux_loss = self._read_tokens(model, inputs)
-        denominators = self._find_denominators(inputs, tokens.mask, mode)
         step = self.state.global_step if mode == "train" else None
-        loss, divisor, stats = self.method.objective(tokens, denominators, self.max_completion_length, step)
-        policy_loss, loss = loss.detach(), loss / divisor
-        metrics = {name: value for name, value in stats.items() if isinstance(value, float)}
-        if self._entropy_bonus_enabled:  # demonstration tokens included, as in the released code
-            entropy = aggregate(tokens.entropies, tokens.mask, "bnpo", denominators, self.max_completion_length)
-            loss = loss - self.entropy_coef * (entropy / denominators.num_means)
-            if mode == "train" and self.accelerator.sync_gradients:
-                metrics["entropy_coef"] = self.entropy_coef
-        if self.aux_loss_enabled:
-            loss = loss + self.router_aux_loss_coef * aux_loss / denominators.num_means
-            metrics["aux_loss"] = self.accelerator.gather_for_metrics(aux_loss).mean().item()
-
-        if mode == "train":
-            for name, (values, mask) in demonstration_means(tokens, stats).items():
-                self.running_metrics.add_tokens(name, values, mask)
-        if "num_sequences" in inputs:  # micro-batches are of unlike size: what they hold is summed
-            for name, values in rollout_means(tokens, stats).items():
-                self.running_metrics.add_tokens(name, values, tokens.rollout_mask)
-            low, high = clip_extremes(tokens, stats)
-            self.running_metrics.add_min("clip_ratio/low_min", low)
-            self.running_metrics.add_max("clip_ratio/high_max", high)
-            if self._entropy_bonus_enabled:
-                self.running_metrics.add("policy_loss", policy_loss, tokens.mask.size(0) / denominators.num_sequences)
-        else:
-            metrics |= reduce_rollout_means(tokens, stats, self.accelerator)
-            if self._entropy_bonus_enabled:
-                metrics["policy_loss"] = self.accelerator.gather(policy_loss).nanmean().item()
-        self._append_metrics(metrics, mode)
-        return loss
-
-    def _read_tokens(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[TokenBatch, torch.Tensor | None]:
-        """The tokens of a micro-batch, under the policy, and the load-balancing loss of a mixture of experts."""
         mask = inputs["completion_mask"]
         logps, entropies, aux_loss = self._get_per_token_logps_and_entropies(
             model,
@@ -357,36 +303,30 @@ class LuffyTrainer(LengthAwareTrainer, UnevenSamplingTrainer, SafeTrainer, CardT
             compute_entropy=True,
             compute_aux_loss=self.aux_loss_enabled,
         )
-        old_logps = inputs.get("old_per_token_logps")
-        tokens = TokenBatch(
-            logps=logps,
-            old_logps=logps.detach() if old_logps is None else old_logps,
-            mask=mask,
-            demonstration_mask=inputs["demonstration_mask"] & mask.bool(),
-            advantages=inputs["advantages"],
-            behavior_logps=inputs.get("behavior_logps"),
-            ref_logps=inputs.get("ref_per_token_logps"),
-            sampling_ratio=inputs.get("importance_sampling_ratio"),
-            entropies=entropies,
-        )
-        return tokens, aux_loss
-
-    def _find_denominators(self, inputs: dict[str, Any], mask: torch.Tensor, mode: str) -> Denominators:
-        """TRL's denominators: demonstrations are completions of the batch like any other."""
+        tokens = TokenBatch.from_inputs(inputs, logps, entropies)
         num_means = self.current_gradient_accumulation_steps if mode == "train" else 1.0
-
-        def per_update(num_tokens: torch.Tensor) -> torch.Tensor:
-            """The share of one update and process in the tokens of the generation batch."""
-            num_tokens = num_tokens.clamp(min=1.0) / self.accelerator.num_processes
-            return num_tokens * num_means / self.args.steps_per_generation if mode == "train" else num_tokens
-
-        per_update_tokens = {
-            "num_update_tokens": per_update(inputs["num_items_in_batch"]),
-            "num_update_demonstration_tokens": per_update(inputs["num_demonstration_tokens"]),
-        }
-        if "num_sequences" in inputs:
-            return Denominators.of_update(inputs, **per_update_tokens)
-        return Denominators.of_micro_batch(mask, num_means, **per_update_tokens)
+        updates = num_means / self.args.steps_per_generation if mode == "train" else 1.0
+        denominators = Denominators.from_inputs(inputs, num_means, updates, self.accelerator.num_processes)
+        loss, divisor, stats = self.method.objective(tokens, denominators, self.max_completion_length, step)
+        policy_loss, loss = loss.detach(), loss / divisor
+        if self._entropy_bonus_enabled:  # demonstration tokens included, as in the released code
+            entropy = aggregate(entropies, mask, "bnpo", denominators, self.max_completion_length)
+            loss = loss - self.entropy_coef * (entropy / denominators.num_means)
+            stats["policy_loss"] = policy_loss
+            if mode == "train" and self.accelerator.sync_gradients:
+                stats["entropy_coef"] = self.entropy_coef
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * aux_loss / denominators.num_means
+            stats["aux_loss"] = self.accelerator.gather_for_metrics(aux_loss).mean().item()
+        running = self.running_metrics
+        if mode == "train":
+            add_token_means(running, tokens, stats)
+        if "num_sequences" in inputs:  # micro-batches are of unlike size
+            metrics = add_rollout_means(running, tokens, stats, inputs["num_sequences"])
+        else:
+            metrics = reduce_rollout_means(tokens, stats, self.accelerator)
+        self._append_metrics(metrics, mode)
+        return loss
 
     def _append_metrics(self, metrics: dict[str, float], mode: str = "train"):
         for name, value in metrics.items():

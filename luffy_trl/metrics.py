@@ -84,16 +84,29 @@ class RunningMetrics:
             self.minima["clip_ratio/low_min"], self.maxima["clip_ratio/high_max"] = state["clip_extremes"]
 
 
-def demonstration_means(tokens: TokenBatch, stats: dict[str, Any]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """The metrics of a micro-batch that are means over tokens: values, and the mask of the tokens that count."""
-    demonstration_mask, mask, rollout_mask = tokens.demonstration_mask, tokens.mask, tokens.rollout_mask
-    return {
-        "demonstrations/loss": (stats.get("demonstration_loss", stats["loss"]), demonstration_mask),
-        "demonstrations/prob": (tokens.logps.detach().exp(), demonstration_mask),
-        "demonstrations/ratio": (stats["coefficient"], demonstration_mask),
-        "demonstrations/fraction": (demonstration_mask, mask),
-        "on_policy/loss": (stats["loss"], rollout_mask),
-    }
+def add_token_means(metrics: RunningMetrics, tokens: TokenBatch, stats: dict[str, Any]):
+    """Adds the metrics of a micro-batch that are means over demonstration or rollout tokens."""
+    demonstration_mask = tokens.demonstration_mask
+    demonstration_loss = stats.get("demonstration_loss", stats["loss"])
+    metrics.add_tokens("demonstrations/loss", demonstration_loss, demonstration_mask)
+    metrics.add_tokens("demonstrations/prob", tokens.logps.exp(), demonstration_mask)
+    metrics.add_tokens("demonstrations/ratio", stats["coefficient"], demonstration_mask)
+    metrics.add_tokens("demonstrations/fraction", demonstration_mask, tokens.mask)
+    metrics.add_tokens("on_policy/loss", stats["loss"], tokens.rollout_mask)
+
+
+def add_rollout_means(
+    metrics: RunningMetrics, tokens: TokenBatch, stats: dict[str, Any], num_sequences: torch.Tensor
+) -> dict[str, float]:
+    """Adds TRL's metrics of a micro-batch, over rollout tokens; returns those that are numbers already."""
+    if "policy_loss" in stats:
+        metrics.add("policy_loss", stats["policy_loss"], tokens.mask.size(0) / num_sequences)
+    for name, values in rollout_means(tokens, stats).items():
+        metrics.add_tokens(name, values, tokens.rollout_mask)
+    low, high = clip_extremes(tokens, stats)
+    metrics.add_min("clip_ratio/low_min", low)
+    metrics.add_max("clip_ratio/high_max", high)
+    return {name: value for name, value in stats.items() if isinstance(value, float)}
 
 
 def rollout_means(tokens: TokenBatch, stats: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -118,15 +131,19 @@ def clip_extremes(tokens: TokenBatch, stats: dict[str, Any]) -> tuple[torch.Tens
 
 def reduce_rollout_means(tokens: TokenBatch, stats: dict[str, Any], accelerator: Accelerator) -> dict[str, float]:
     """TRL's metrics of one of its micro-batches, over the rollout tokens of all processes."""
+    metrics = {name: value for name, value in stats.items() if isinstance(value, float)}
+    if "policy_loss" in stats:
+        metrics["policy_loss"] = accelerator.gather(stats["policy_loss"]).nanmean().item()
     means, rollout_mask, mask = rollout_means(tokens, stats), tokens.rollout_mask, tokens.mask
     extremes = torch.stack(clip_extremes(tokens, stats))
     sums = [(values.detach() * rollout_mask).sum() for values in means.values()]
     counts = [rollout_mask.sum().float(), mask.sum().float()]
     *totals, num_rollout_tokens, num_tokens = accelerator.reduce(torch.stack([*sums, *counts]), "sum")
     if num_rollout_tokens == 0 and num_tokens > 0:
-        return {}  # only demonstrations in this micro-batch, on any process
+        return metrics  # only demonstrations in this micro-batch, on any process
     extremes = accelerator.gather(extremes).view(-1, 2)
     return {
+        **metrics,
         **{
             name: (total / num_rollout_tokens.clamp(min=1.0)).item() for name, total in zip(means, totals, strict=True)
         },
@@ -173,6 +190,13 @@ def weighted_sum(rewards_per_func: torch.Tensor, weights: torch.Tensor) -> torch
     """The reward of each row, of shape `(N,)`, from those of shape `(N, F)`; NaN for a row that none applies to."""
     rewards = (rewards_per_func * weights.to(rewards_per_func.device).unsqueeze(0)).nansum(dim=1)
     return rewards.masked_fill(torch.isnan(rewards_per_func).all(dim=1), torch.nan)
+
+
+def describe_rollouts(completion_ids: list[list[int]], ends: set[int], batch: MixedBatch) -> dict[str, float]:
+    """TRL's metrics of the length of completions, over the rollouts of all processes."""
+    described = torch.tensor([[len(ids), ids[-1] not in ends] for ids in completion_ids])
+    described = batch.accelerator.gather(described.to(batch.accelerator.device))[~batch.is_demonstration]
+    return describe_lengths(described[:, 0], described[:, 1].bool())
 
 
 def describe_lengths(lengths: torch.Tensor, is_truncated: torch.Tensor) -> dict[str, float]:

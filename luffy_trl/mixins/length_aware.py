@@ -27,8 +27,8 @@ class LengthAwareTrainer(ResumingTrainer):
       subclass that `_compute_loss` divides by `num_sequences` and `num_tokens` of its inputs where they are there, and
       adds its means to `running_metrics`: micro-batches are of unlike size.
     - Overrides `_prepare_inputs`, `training_step` and `_get_per_token_logps_and_entropies`; `log`.
-    - Adds `running_metrics`; and `known_logps` and `keep_logps`, by which a subclass leaves rows out of the passes
-      over a generation batch.
+    - Adds `running_metrics` and `name_passes`; and `known_logps` and `keep_logps`, by which a subclass leaves rows out
+      of the passes over a generation batch.
     - Keeps TRL's micro-batches, to the last bit, with `length_aware_batching=False`.
     """
 
@@ -55,6 +55,14 @@ class LengthAwareTrainer(ResumingTrainer):
                 "the same, but it masks the long row in full. Set `attn_implementation` in `model_init_kwargs`, or "
                 "`padding_free=False`."
             )
+
+    def name_passes(self) -> list[str]:
+        """TRL computes old log-probs where updates lag behind generation, and then those of the reference."""
+        generate_every = self.args.steps_per_generation * self.num_iterations
+        is_old = self.args.gradient_accumulation_steps % generate_every != 0 or (
+            self.use_vllm and self.vllm_importance_sampling_correction
+        )
+        return [*(["old"] if is_old else []), *(["reference"] if self.beta != 0.0 else [])]
 
     def known_logps(self, num_rows: int) -> list[torch.Tensor | None]:
         """For each local row, the log-probs that need no forward pass in the next pass over the generation batch."""

@@ -11,6 +11,18 @@ from trl import GRPOTrainer
 
 logger = get_logger(__name__)
 
+LUFFY_PAPER = {
+    "title": "Learning to Reason under Off-Policy Guidance",
+    "id": "2504.14945",
+    "citation": """\
+@article{yan2025learning,
+    title        = {{Learning to Reason under Off-Policy Guidance}},
+    author       = {Jianhao Yan and Yafu Li and Zican Hu and Zhi Wang and Ganqu Cui and Xiaoye Qu and Yu Cheng and Yue Zhang},
+    year         = 2025,
+    eprint       = {arXiv:2504.14945},
+}""",
+}
+
 
 class CardTrainer(GRPOTrainer):
     """
