@@ -14,12 +14,12 @@ import pytest
 
 
 sys.path.insert(0, str(Path(__file__).parent))
-import test_luffy_config  # noqa: E402
-import tiny  # noqa: E402
+import test_luffy_config
+import tiny
 
-from luffy_trl import LuffyConfig  # noqa: E402
-from luffy_trl.luffy_config import own_fields  # noqa: E402
-from luffy_trl.scripts import train  # noqa: E402
+from luffy_trl import LuffyConfig
+from luffy_trl.luffy_config import own_fields
+from luffy_trl.scripts import train
 
 
 FILE = Path(__file__).parent / "data" / "options.json"
