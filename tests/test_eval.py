@@ -245,6 +245,9 @@ def test_templates():
         (r"\boxed{Option C}", "C"),
         (r"\boxed {J}", "J"),
         (r"\boxed{C} and again \boxed{(C)}", "C"),
+        (r"\boxed{\textcolor{red}{C}}", "C"),
+        (r"\boxed{\color{red}\text{C}.}", "C"),
+        (r"\fbox{\underline{(C)}}", "C"),
         ("The answer is (C).", "C"),
         ("the correct answer is: **C**", "C"),
         ("Therefore, the answer is therefore option C.", "C"),
@@ -261,6 +264,7 @@ def test_templates():
         ("It must be\n\n**(C)**", "C"),
         # hedging
         (r"\boxed{A} or \boxed{B}", None),
+        (r"\fbox{A} or \boxed{B}", None),
         (r"\boxed{A or B}", None),
         (r"\boxed{\text{A or B}}", None),
         (r"\boxed{(A) \text{ or } (B)}", None),
