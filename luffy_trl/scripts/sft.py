@@ -24,6 +24,7 @@ from trl import (
     get_quantization_config,
 )
 
+from ..checks import check_machine, check_model
 from ..data import load_data, without_long_prompts
 from ..demonstrations import (
     find_eos_token_ids,
@@ -31,6 +32,8 @@ from ..demonstrations import (
     to_supervised,
     tokenize_demonstrations,
 )
+from ..errors import in_one_line, loading_model
+from ..luffy_config import explained_arguments
 
 
 @dataclass
@@ -75,7 +78,8 @@ class TraceSFTConfig(SFTConfig):
     )
 
     def __post_init__(self):
-        super().__post_init__()
+        with explained_arguments(self):
+            super().__post_init__()
         if self.max_length is not None:
             raise ValueError(
                 f"`max_length={self.max_length}` would cut traces before their end. Set `max_prompt_length` and "
@@ -87,11 +91,14 @@ def main(script_args: SFTScriptArguments, training_args: TraceSFTConfig, model_a
     """Trains a model on the traces."""
     if script_args.dataset_name is None:
         raise ValueError("`dataset_name` is required: a dataset on the Hub, a local folder or a file.")
+    check_model(model_args)
+    check_machine(training_args)
     load_options = {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
     }
-    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, **load_options)
+    with loading_model(model_args.model_name_or_path):
+        tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, **load_options)
     eos_token_ids = find_eos_token_ids(
         tokenizer, load_generation_config(model_args.model_name_or_path, **load_options)
     )
@@ -141,4 +148,5 @@ def make_parser(**kwargs) -> TrlParser:
 
 
 if __name__ == "__main__":
-    main(*make_parser(prog="luffy sft").parse_args_and_config())
+    with in_one_line():
+        main(*make_parser(prog="luffy sft").parse_args_and_config())
