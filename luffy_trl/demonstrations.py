@@ -24,6 +24,8 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 from trl.chat_template_utils import parse_response
 from trl.data_utils import is_conversational
 
+from .errors import loading_model
+
 
 if TYPE_CHECKING:
     from .luffy_config import LuffyConfig
@@ -37,6 +39,7 @@ _MARKUP = re.compile(
 )
 _OPENED_THINKING = re.compile(r"<think>(\s*)\Z")
 _CLOSED_THINKING = re.compile(r"<think>\s*</think>\s*\Z")
+_MESSAGES = re.compile(r"""\s*\[\s*\{\s*(["'])(?:role|content|from|value)\1\s*:""")  # written as text
 _ROWS_LOOKED_AT = 100
 _MIN_LOGP = -80.0  # below it the ratio overflows in float32
 
@@ -167,10 +170,10 @@ class DemonstrationTokenizer:
         elif isinstance(value, list):
             traces = [(trace, f"{row}: `demonstrations[{i}]`") for i, trace in enumerate(value)]
         else:
-            raise ValueError(
-                f"{row}: `demonstrations` must be a list of traces, got {type(value).__name__}. Wrap it in a list; a "
-                "row without a trace has an empty one."
-            )
+            hint = "Wrap it in a list; a row without a trace has an empty one."
+            if isinstance(value, str):
+                hint = "Wrap it in a list. A csv file has no lists: name the column `completion`, of one trace a row."
+            raise ValueError(f"{row}: `demonstrations` must be a list of traces, got {type(value).__name__}. {hint}")
         return traces
 
     def check_logprobs(self, value: Any, number: int, length: int, name: str) -> list[float]:
@@ -322,11 +325,33 @@ class DemonstrationTokenizer:
 
 
 def check_prompt(prompt: Any, index: int):
-    """Raises a `ValueError` that names the row, if a prompt is neither a text nor chat messages."""
-    if not prompt or not (isinstance(prompt, str) or is_conversational({"prompt": prompt})):
+    """Raises a `ValueError` that names the row, if a prompt is neither a text nor chat messages that ask something."""
+    hint = "Mend the row, or drop it."
+    if isinstance(prompt, str) and prompt:
+        if not _MESSAGES.match(prompt):
+            return
+        hint = "These are messages written as text. A csv file has no lists: write a .jsonl or .parquet file."
+    elif isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
+        if "role" in prompt[0]:
+            _check_roles([message.get("role") for message in prompt if isinstance(message, dict)], index)
+            return
+        if "from" in prompt[0]:
+            hint = "Call `from` and `value` of a message `role` and `content`, 'human' 'user', and 'gpt' 'assistant'."
+    raise ValueError(
+        f"row {index}: `prompt` must be a string or a list of chat messages, got {str(prompt)[:100]!r}. {hint}"
+    )
+
+
+def _check_roles(roles: list[Any], index: int):
+    if "human" in roles or "gpt" in roles:
+        names = ", ".join(map(repr, dict.fromkeys(roles)))
         raise ValueError(
-            f"row {index}: `prompt` must be a string or a list of chat messages, got {str(prompt)[:100]!r}. Mend the "
-            "row, or drop it."
+            f"row {index}: `prompt` has the roles {names}. Call them 'user' and 'assistant', as chat templates do."
+        )
+    if roles[-1] == "assistant":
+        raise ValueError(
+            f"row {index}: `prompt` ends with a message of the assistant, and must end with the user's. Move what the "
+            "assistant says to `demonstrations`."
         )
 
 
@@ -399,7 +424,8 @@ def load_generation_config(model_name_or_path: str, **kwargs) -> GenerationConfi
     try:
         return GenerationConfig.from_pretrained(model_name_or_path, **kwargs)
     except OSError:
-        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(model_name_or_path, **kwargs))
+        with loading_model(model_name_or_path):
+            return GenerationConfig.from_model_config(AutoConfig.from_pretrained(model_name_or_path, **kwargs))
 
 
 def find_eos_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig) -> list[int]:
