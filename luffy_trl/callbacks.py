@@ -16,7 +16,7 @@ from .demonstrations import find_eos_token_ids
 from .eval.backends import Request, Sampling, generate_batch, sample_seed
 from .eval.benchmarks import load_questions
 from .eval.grading import grade
-from .eval.templates import render_prompt
+from .eval.templates import render_question
 
 
 class EvaluationCallback(TrainerCallback):
@@ -124,8 +124,7 @@ class EvaluationCallback(TrainerCallback):
         max_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.prompts, self.requests = [], []
         for number, question in enumerate(self.questions):
-            message = question.system_prompt if system_prompt is None else system_prompt
-            prompt, ids = render_prompt(self.tokenizer, question.content, template, message)
+            prompt, ids = render_question(self.tokenizer, question, template, system_prompt)
             if max_length is not None and len(ids) + max_tokens > max_length:
                 raise ValueError(
                     f"Question {question.index} of {question.benchmark} has a prompt of {len(ids)} tokens, which "

@@ -18,6 +18,8 @@ from datasets import Dataset
 from torch import nn
 from transformers import AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.integrations import get_available_reporting_integrations
+from transformers.utils import is_peft_available
+from trl import ModelConfig, SFTConfig
 from trl.import_utils import is_vllm_available
 
 from .luffy_config import LuffyConfig
@@ -168,18 +170,26 @@ def check_finite(name: str, value: torch.Tensor | float, step: int, output_dir: 
         )
 
 
-def check_machine(args: LuffyConfig):
+def check_model(model_args: ModelConfig):
+    """Checks that a script is told which model to train, and can train it as it is told."""
+    if model_args.model_name_or_path is None:
+        raise ValueError("`model_name_or_path` is required: a model on the Hub, or a local folder.")
+    if model_args.use_peft and not is_peft_available():
+        raise ValueError("`use_peft=True` needs PEFT, which is not installed here: `pip install luffy-trl[peft]`.")
+
+
+def check_machine(args: LuffyConfig | SFTConfig):
     """
     Checks that what a configuration asks for is installed, and warns of a CPU that emulates bf16.
 
     Args:
-        args ([`LuffyConfig`]):
+        args ([`LuffyConfig`] or [`~trl.SFTConfig`]):
             Configuration of the run.
 
     Raises:
         ValueError: If something is not installed; the message says how to get it.
     """
-    if args.use_vllm and not is_vllm_available():
+    if getattr(args, "use_vllm", False) and not is_vllm_available():
         raise ValueError(
             "`use_vllm=True` needs vLLM, which is not installed here: `pip install luffy-trl[vllm]`, or set "
             "`use_vllm=False` to generate with transformers."

@@ -22,6 +22,8 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 from trl.chat_template_utils import parse_response
 from trl.data_utils import is_conversational
 
+from .errors import loading_model
+
 
 logger = get_logger(__name__)
 
@@ -29,6 +31,9 @@ logger = get_logger(__name__)
 _MARKUP = re.compile(
     r"<[|｜](?!(?:begin|end)_of_(?:thought|solution))[^<>|｜\s]{1,40}[|｜]>|<(?:start|end)_of_turn>|\[/?INST\]|</?s>"
 )
+_OPENED_THINKING = re.compile(r"<think>(\s*)\Z")
+_CLOSED_THINKING = re.compile(r"<think>\s*</think>\s*\Z")
+_MESSAGES = re.compile(r"""\s*\[\s*\{\s*(["'])(?:role|content|from|value)\1\s*:""")  # written as text
 _ROWS_LOOKED_AT = 100
 _MIN_LOGP = -80.0  # below it the ratio overflows in float32
 
@@ -67,7 +72,7 @@ class DemonstrationTokenizer:
     max_length: int
     overflow: str = "drop"
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    _end_of_turn: tuple[str, int] | None = field(default=None, init=False, repr=False)
+    _end_of_turn: tuple[str, str, int] | None = field(default=None, init=False, repr=False)
     # Part of the fingerprint under which `datasets` caches the result: another version may tokenize differently.
     version: str = field(default_factory=lambda: importlib.metadata.version("luffy-trl"))
 
@@ -159,10 +164,10 @@ class DemonstrationTokenizer:
         elif isinstance(value, list):
             traces = [(trace, f"{row}: `demonstrations[{i}]`") for i, trace in enumerate(value)]
         else:
-            raise ValueError(
-                f"{row}: `demonstrations` must be a list of traces, got {type(value).__name__}. Wrap it in a list; a "
-                "row without a trace has an empty one."
-            )
+            hint = "Wrap it in a list; a row without a trace has an empty one."
+            if isinstance(value, str):
+                hint = "Wrap it in a list. A csv file has no lists: name the column `completion`, of one trace a row."
+            raise ValueError(f"{row}: `demonstrations` must be a list of traces, got {type(value).__name__}. {hint}")
         return traces
 
     def check_logprobs(self, value: Any, number: int, length: int, name: str) -> list[float]:
@@ -211,21 +216,44 @@ class DemonstrationTokenizer:
             raise ValueError(f"{name} must be {expected}, got {str(trace)[:100]!r}. Mend the row, or drop it.")
 
         if not is_chat:
-            prompt_text, end_id = prompt, self.eos_token_ids[0]
-            content = without_doubled_think(prompt_text, content)
+            prompt_text, end_text, closing, end_id = prompt, "", "", self.eos_token_ids[0]
         else:
             prompt_text = self._apply_chat_template(prompt, name, add_generation_prompt=True)
-            content = without_doubled_think(prompt_text, content)
-            end_text, end_id = self._find_end_of_turn(prompt, name)
-            # A template may trim or normalise the turn, and what it makes of it is what the policy should learn. But
-            # one that drops the reasoning, or opens the turn differently, does not show the trace: then it is used as
-            # it stands.
-            turn = self._apply_chat_template([*prompt, {"role": "assistant", "content": content}], name)
-            if turn.startswith(prompt_text) and content.strip() in turn[len(prompt_text) :]:
-                content = turn[len(prompt_text) :].removesuffix(end_text)
-        if not content.strip():
+            end_text, closing, end_id = self._find_end_of_turn(prompt, name)
+            content = self.without_end(content).removesuffix(closing)
+        text = without_doubled_think(prompt_text, content)
+        if not text.strip():
             raise ValueError(f"{name} is empty. Remove it: a row without a trace has an empty list, or None.")
-        return prompt_text, content, end_id
+        for message in _as_messages(text) if is_chat else ():
+            turn = self._apply_chat_template([*prompt, message], name)
+            rendered = turn.removeprefix(prompt_text).removesuffix(end_text)
+            if turn.startswith(prompt_text) and _shows(rendered, text, content):
+                return prompt_text, rendered + closing, end_id
+        return prompt_text, text + closing, end_id
+
+    def find_suspicious(self, prompt: str | list[dict], value: Any, index: int) -> dict[str, str]:
+        """What looks wrong about the traces of row `index` that can be used nonetheless, by the name of the trace."""
+        traces, hints = self._traces(value, f"row {index}"), {}
+        prompt_text = prompt if isinstance(prompt, str) else ""
+        if traces and not isinstance(prompt, str):
+            prompt_text = self._apply_chat_template(prompt, traces[0][1], add_generation_prompt=True)
+        for trace, name in traces:
+            text = trace
+            if not isinstance(trace, str):
+                text = trace[0].get("content") if is_conversational({"prompt": trace}) else None
+            if not isinstance(text, str):
+                continue  # an error, when it is tokenized
+            if hint := suspicion(prompt, self.without_end(text), prompt_text):
+                hints[name] = hint
+        return hints
+
+    def without_end(self, text: str) -> str:
+        """A trace without the tokens that end generation at its end."""
+        # The generation config may name tokens that the tokenizer does not have
+        ends = tuple(filter(None, self.tokenizer.convert_ids_to_tokens(self.eos_token_ids)))
+        while (stripped := text.rstrip()).endswith(ends):
+            text = stripped.removesuffix(next(end for end in ends if stripped.endswith(end)))
+        return text
 
     def _apply_chat_template(self, messages: list[dict], name: str, **kwargs) -> str:
         try:
@@ -236,23 +264,29 @@ class DemonstrationTokenizer:
                 "these messages and an assistant turn."
             ) from error
 
-    def _find_end_of_turn(self, prompt: list[dict], name: str) -> tuple[str, int]:
-        """What the chat template writes after an assistant turn, and the token of it that ends generation."""
+    def _find_end_of_turn(self, prompt: list[dict], name: str) -> tuple[str, str, int]:
+        """What the chat template writes after a turn's text; its part before the token that ends generation; that."""
         if self._end_of_turn is None:
             marker = "MARKER"
-            turn = self._apply_chat_template([*prompt, {"role": "assistant", "content": marker}], name)
+            messages = [*prompt, {"role": "assistant", "content": marker}]
+            turn = self._apply_chat_template(messages, name)
             # A template that does not show the turn does not say how it ends
-            text = turn.rpartition(marker)[2] if marker in turn else ""
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            text = following = turn.rpartition(marker)[2] if marker in turn else ""
+            if marker in turn and not text:  # GLM's turns end with what opens the next
+                turn = self._apply_chat_template([*messages, {"role": "user", "content": "next"}], name)
+                following = turn.rpartition(marker)[2].partition("next")[0]
+            ids = self.tokenizer(following, add_special_tokens=False)["input_ids"]
             end_ids = [token_id for token_id in ids if token_id in self.eos_token_ids]
-            if ids and not end_ids:
+            if text and not end_ids:
                 logger.warning(
                     f"The chat template ends an assistant turn with {text!r}, which does not end generation "
                     f"(`eos_token_id` is {self.eos_token_ids}). Demonstrations end with "
                     f"{self.tokenizer.eos_token!r} instead. If that is not what you want, set `tokenizer.eos_token`, "
                     "or `eos_token_id` in the model's generation config."
                 )
-            self._end_of_turn = text, (end_ids or self.eos_token_ids)[0]
+            end_id = (end_ids or self.eos_token_ids)[0]
+            closing = following.partition(self.tokenizer.decode(end_id))[0] if end_ids else ""
+            self._end_of_turn = text, closing, end_id
         return self._end_of_turn
 
     def _tokenize(self, prompt_texts: list[str], trace_texts: list[str], add_special_tokens: bool) -> list[list[int]]:
@@ -285,17 +319,39 @@ class DemonstrationTokenizer:
 
 
 def check_prompt(prompt: Any, index: int):
-    """Raises a `ValueError` that names the row, if a prompt is neither a text nor chat messages."""
-    if not prompt or not (isinstance(prompt, str) or is_conversational({"prompt": prompt})):
+    """Raises a `ValueError` that names the row, if a prompt is neither a text nor chat messages that ask something."""
+    hint = "Mend the row, or drop it."
+    if isinstance(prompt, str) and prompt:
+        if not _MESSAGES.match(prompt):
+            return
+        hint = "These are messages written as text. A csv file has no lists: write a .jsonl or .parquet file."
+    elif isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
+        if "role" in prompt[0]:
+            _check_roles([message.get("role") for message in prompt if isinstance(message, dict)], index)
+            return
+        if "from" in prompt[0]:
+            hint = "Call `from` and `value` of a message `role` and `content`, 'human' 'user', and 'gpt' 'assistant'."
+    raise ValueError(
+        f"row {index}: `prompt` must be a string or a list of chat messages, got {str(prompt)[:100]!r}. {hint}"
+    )
+
+
+def _check_roles(roles: list[Any], index: int):
+    if "human" in roles or "gpt" in roles:
+        names = ", ".join(map(repr, dict.fromkeys(roles)))
         raise ValueError(
-            f"row {index}: `prompt` must be a string or a list of chat messages, got {str(prompt)[:100]!r}. Mend the "
-            "row, or drop it."
+            f"row {index}: `prompt` has the roles {names}. Call them 'user' and 'assistant', as chat templates do."
+        )
+    if roles[-1] == "assistant":
+        raise ValueError(
+            f"row {index}: `prompt` ends with a message of the assistant, and must end with the user's. Move what the "
+            "assistant says to `demonstrations`."
         )
 
 
 def without_doubled_think(prompt_text: str, trace: str) -> str:
     r"""
-    Takes the opening `<think>` off a trace if the rendered prompt already ends with it.
+    Takes the opening `<think>` off a trace if the rendered prompt already ends with it, whatever white space follows.
 
     Args:
         prompt_text (`str`):
@@ -306,10 +362,44 @@ def without_doubled_think(prompt_text: str, trace: str) -> str:
     Returns:
         `str`: The trace, not opening what the prompt has opened.
     """
-    for opening in ("<think>\n", "<think>"):
-        if prompt_text.endswith(opening):
-            return trace.removeprefix(opening) if trace.startswith(opening) else trace.removeprefix("<think>")
-    return trace
+    opened = _OPENED_THINKING.search(prompt_text)
+    if opened is None or not trace.lstrip().startswith("<think>"):
+        return trace
+    trace = trace.lstrip().removeprefix("<think>")
+    # The prompt's white space stands in place of the trace's
+    return trace.removeprefix(opened[1]) if trace.startswith(opened[1]) else trace.lstrip()
+
+
+def _as_messages(text: str) -> list[dict[str, str]]:
+    """A trace as assistant messages: as it is, and, as Qwen3.8's template wants it, with its reasoning in a field."""
+    messages = [{"role": "assistant", "content": text}]
+    reasoning, closes, answer = text.partition("</think>")
+    if closes:
+        reasoning = reasoning.strip().removeprefix("<think>").strip()
+        messages.append({"role": "assistant", "content": answer.strip(), "reasoning_content": reasoning})
+    return messages
+
+
+def _shows(rendered: str, text: str, trace: str) -> bool:
+    """
+    Whether a rendered turn shows the text of a trace. A template may change white space and write before the text, and
+    what it makes of it is what the policy should learn. But it may not drop the reasoning, nor put `<think>` or
+    `</think>` before that of the trace.
+    """
+    rendered, text = _squeeze(rendered), _squeeze(text)
+    added = rendered.removesuffix(text)
+    return (
+        rendered.endswith(text)
+        and not ("<think>" in added and "<think>" in trace)
+        and not ("</think>" in added and ("<think>" in trace or "</think>" in trace))
+    )
+
+
+def _squeeze(text: str) -> str:
+    """A text without the white space that a template may choose: at its ends, and around `<think>` and `</think>`."""
+    for tag in ("<think>", "</think>"):
+        text = tag.join(part.strip() for part in text.split(tag))
+    return text
 
 
 def load_generation_config(model_name_or_path: str, **kwargs) -> GenerationConfig:
@@ -328,7 +418,8 @@ def load_generation_config(model_name_or_path: str, **kwargs) -> GenerationConfi
     try:
         return GenerationConfig.from_pretrained(model_name_or_path, **kwargs)
     except OSError:
-        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(model_name_or_path, **kwargs))
+        with loading_model(model_name_or_path):
+            return GenerationConfig.from_model_config(AutoConfig.from_pretrained(model_name_or_path, **kwargs))
 
 
 def find_eos_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig) -> list[int]:
@@ -487,26 +578,11 @@ def _identify(rows: dict[str, list]) -> list[int]:
 
 def _warn_of_suspicious(dataset: Dataset, function: DemonstrationTokenizer):
     rows = dataset[:_ROWS_LOOKED_AT]
-    # The generation config may name tokens that the tokenizer does not have
-    ends = tuple(filter(None, function.tokenizer.convert_ids_to_tokens(function.eos_token_ids)))
     hints, num_traces = [], 0
     for row, (prompt, value) in enumerate(zip(rows["prompt"], rows[function.field_name], strict=True)):
         check_prompt(prompt, row)
-        for trace, name in function._traces(value, f"row {row}"):
-            text = (
-                trace
-                if isinstance(trace, str)
-                else trace[0].get("content")
-                if is_conversational({"prompt": trace})
-                else None
-            )
-            if not isinstance(text, str):
-                continue  # an error, when it is tokenized
-            num_traces += 1
-            while (text := text.rstrip()).endswith(ends):
-                text = text.removesuffix(next(end for end in ends if text.endswith(end)))
-            if hint := suspicion(prompt, text):
-                hints.append(f"{name} {hint}")
+        num_traces += len(function._traces(value, f"row {row}"))
+        hints += [f"{name} {hint}" for name, hint in function.find_suspicious(prompt, value, row).items()]
     if hints:
         logger.warning(
             f"{len(hints)} of the {num_traces} traces of the first {len(rows['prompt'])} rows look wrong: {hints[0]} "
@@ -514,7 +590,7 @@ def _warn_of_suspicious(dataset: Dataset, function: DemonstrationTokenizer):
         )
 
 
-def suspicion(prompt: str | list[dict], trace: str) -> str | None:
+def suspicion(prompt: str | list[dict], trace: str, prompt_text: str) -> str | None:
     """
     What looks wrong about a trace that can be used nonetheless.
 
@@ -523,9 +599,11 @@ def suspicion(prompt: str | list[dict], trace: str) -> str | None:
             Its prompt.
         trace (`str`):
             Its text, without what ends it.
+        prompt_text (`str`):
+            The prompt as the policy sees it.
 
     Returns:
-        `str` or `None`: What is wrong and how to mend it, or `None`.
+        `str` or `None`: What is wrong and how to fix it, or `None`.
     """
     if markup := _MARKUP.search(trace):
         return (
@@ -535,6 +613,16 @@ def suspicion(prompt: str | list[dict], trace: str) -> str | None:
     question = prompt if isinstance(prompt, str) else prompt[-1].get("content")
     if isinstance(question, str) and question.strip() and trace.strip().startswith(question.strip()):
         return "begins with its own prompt, which the policy would learn to repeat. A trace is only what follows it."
+    if _CLOSED_THINKING.search(prompt_text) and ("<think>" in trace or "</think>" in trace):
+        return (
+            "reasons, but the rendered prompt ends with a closed, empty `<think></think>`. Take the reasoning out of "
+            "the trace, or let the chat template think (`chat_template_kwargs`, such as `enable_thinking`)."
+        )
+    if _OPENED_THINKING.search(prompt_text) and "</think>" not in trace:
+        return (
+            "never closes the `<think>` that the rendered prompt opens. Put `</think>` between its reasoning and its "
+            "answer, or use a chat template or `chat_template_kwargs` that do not open it."
+        )
     return None
 
 

@@ -14,6 +14,8 @@ import os
 import re
 import resource
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -24,22 +26,70 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any, NamedTuple
 
-from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
-
-_LATEX = (LatexExtractionConfig(boxed_match_priority=0),)  # LaTeX only, and what is boxed before anything else
-_LATEX_OR_TEXT = (LatexExtractionConfig(), ExprExtractionConfig())
 _ANCHOR = re.compile(r"\\boxed|(?<!\\)\$")
 _PROSE = re.compile(r"####|(?:^|\s)[A-Za-z]{3,}(?=[\s.,:;]|$)")
+
+# Everyday ways of writing that math-verify cannot read
+LOOKS = re.compile(  # of the same answer: its colour and size
+    r"\\(?:textcolor|colorbox|color)\s*\{[^{}]*\}"
+    r"|\\(?:underline|boldsymbol|bm|[lL]arge|LARGE|[hH]uge)(?![A-Za-z])"
+)
+_FULL_STOP = re.compile(r"(?<![\\{])[.,]\s*(?=\}|\$|\\[)\]]|\Z)")  # or a comma; `{,}` and `,\}` stay
+_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\\[,;:! ]|[ ~])\d{3})+(?!\d)")
+_UNITS = {
+    name: names.split()[0]
+    for names in (
+        "mm millimeter millimetre;cm centimeter centimetre;m meter metre;km kilometer kilometre;in inch inche"
+        ";ft foot feet;yd yard;mi mile;mg milligram;g gram;kg kilogram;lb pound;oz ounce;ml mL milliliter millilitre"
+        ";l L liter litre;s sec second;min minute;h hr hour;day;week;month;year yr;dollar;cent"
+    ).split(";")
+    for name in names.split()
+}
+_NO_UNIT = (
+    "and|or|percent|percentage|pct|hundred|thousand|million|billion|trillion|dozen|half|halves|thirds?|quarters?|squared"
+    "|cubed|factorial|times|over|plus|minus|sin|cos|tan|log|exp|sqrt|alpha|beta|theta|infinity"
+)
+_WORD = rf"(?:{'|'.join(name for name in _UNITS if len(name) == 2)}|(?!(?:{_NO_UNIT})\b)[A-Za-z]{{3,}})"
+_COUNTED = re.compile(  # a number and what it counts: `12 dollars`, of which math-verify knows some
+    rf"((?:\\boxed\{{)?(?:[^A-Za-z\\]|\\[A-Za-z]+|\\[^A-Za-z])*[\d}}])\s+({_WORD}(?:\s+{_WORD})*)\s*(\}}?)"
+)
+
+# Differences that math-verify does not see
+_BASE = re.compile(r"\s*\(?\w+?\)?_\{?(\d+)\}?\s*")
+_CAPITALS = re.compile(r"(?:\\(?:text|math)[a-z]*\s*\{\s*)?([A-Z]{2,})\s*\}?")
+_EQUATION = re.compile(r"\s*-?\d+(?:\.\d+)?\s*(?:=\s*-?\d+(?:\.\d+)?\s*)+")
+_REPEATED = re.compile(r"\s*(.+?)\s*(?:,\s*\1\s*)+")
+_COMMAND = re.compile(r"\\[A-Za-z]+|\\.|[{}~$]")
+_UNIT = re.compile(r"[^A-Za-z]*\d[^A-Za-z]*?([A-Za-z]+?)s?\s*(?:\^\s*(\d))?\s*")
 
 _START_LIMIT = 120  # seconds; Python may be on a slow network disk
 _START_ATTEMPTS = 3
 _MAX_CALLS_AT_ONCE = 16
 
 
+class _Reader:
+    """math-verify, which the processes import that grade, and no other."""
+
+    def __init__(self):
+        from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
+        # LaTeX only, and what is boxed before anything else
+        self.latex = functools.partial(parse, extraction_config=(LatexExtractionConfig(boxed_match_priority=0),))
+        self.latex_or_text = functools.partial(
+            parse, extraction_config=(LatexExtractionConfig(), ExprExtractionConfig())
+        )
+        self.verify = verify
+
+
+_reader = functools.cache(_Reader)
+
+
 def grade(gold: str, answers: tuple[str, ...]) -> bool | None:
     r"""
-    Whether an answer equals the gold answer, as judged by math-verify. Without limits: call it in a [`WorkerPool`].
+    Whether an answer equals the gold answer, as judged by math-verify. A final full stop, colours and spaces between
+    thousands are taken out before, and an answer in another unit or base than the gold answer is wrong. Without
+    limits: call it in a [`WorkerPool`].
 
     Args:
         gold (`str`):
@@ -51,30 +101,77 @@ def grade(gold: str, answers: tuple[str, ...]) -> bool | None:
     Returns:
         `bool` or `None`: `None` where no gold answer can be parsed.
     """
+    gold, answers = _tidy(gold), tuple(_tidy(answer) for answer in answers)
     parsed_gold = _parse_gold(gold)
     if not parsed_gold:
         return None
 
+    def is_equal(answer):
+        parsed = _reader().latex(answer, extraction_mode="first_match", parsing_timeout=None)
+        return _reader().verify(parsed_gold, parsed, timeout_seconds=None)
+
     def is_right(answer):
-        parsed = parse(answer, _LATEX, extraction_mode="first_match", parsing_timeout=None)
-        return verify(parsed_gold, parsed, timeout_seconds=None)
+        if not is_equal(answer) or _differs(_content(gold), _content(answer)):
+            return False
+        repeated = _REPEATED.fullmatch(_content(answer))
+        return not repeated or bool(_REPEATED.fullmatch(_content(gold))) or not is_equal(rf"\boxed{{{repeated[1]}}}")
 
     if not answers:
         return False
     if all(is_right(answer) for answer in answers):
         return True
-    return len(answers) > 1 and is_right("".join(answers))  # math-verify reads adjacent boxes as a list
+    if len(answers) == 1 or any(is_equal(answer) for answer in answers):
+        return False
+    return is_equal("".join(answers))  # math-verify reads adjacent boxes as a list
+
+
+def _tidy(text: str) -> str:
+    """A gold answer or an answer as math-verify can read it: no colour, no full stop, digits in one group."""
+    text = _FULL_STOP.sub("", LOOKS.sub("", text).replace(r"\varnothing", r"\emptyset"))
+    text = _THOUSANDS.sub(lambda match: re.sub(r"\D", "", match[0]), text)
+    if text.startswith(r"\boxed{{") and text.endswith("}}"):  # of a colour
+        text = rf"\boxed{{{_without_braces(_content(text))}}}"
+    counted = _COUNTED.fullmatch(text)
+    return rf"{counted[1]}\text{{ {counted[2]}}}{counted[3]}" if counted else text
+
+
+def _without_braces(text: str) -> str:
+    """A text without the pair of braces around it, if they are a pair."""
+    depth = 0
+    for brace in re.finditer(r"\\.|[{}]", text[1:-1]):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth < 0:
+            break
+    return text[1:-1] if text.endswith("}") and depth == 0 else text
+
+
+def _content(text: str) -> str:
+    """What is inside of a box or of dollars, if nothing is outside."""
+    is_box = text.startswith(r"\boxed{") and text.endswith("}")
+    return text[len(r"\boxed{") : -1].strip() if is_box else text.strip("$ ")
+
+
+def _differs(gold: str, answer: str) -> bool:
+    """Whether an answer that math-verify finds equal has another base, unit or order of letters, or says `3 = 2`."""
+    if _EQUATION.fullmatch(answer) and len({float(side) for side in answer.split("=")}) > 1:
+        return True
+    for pattern in (_BASE, _CAPITALS):
+        matches = pattern.fullmatch(gold), pattern.fullmatch(answer)
+        if all(matches) and matches[0][1] != matches[1][1]:
+            return True
+    units = [_UNIT.fullmatch(_COMMAND.sub(" ", text)) for text in (gold, answer)]
+    return all(unit and unit[1] in _UNITS for unit in units) and len({(_UNITS[u[1]], u[2]) for u in units}) > 1
 
 
 @functools.lru_cache(maxsize=1024)
 def _parse_gold(gold: str) -> list:
     if _ANCHOR.search(gold):
-        return parse(gold, _LATEX_OR_TEXT, parsing_timeout=None)
+        return _reader().latex_or_text(gold, parsing_timeout=None)
     # math-verify reads a bare expression only inside an anchor, and all of a sentence there as an expression
-    parsed = parse(rf"\boxed{{{gold}}}", _LATEX, parsing_timeout=None)
+    parsed = _reader().latex(rf"\boxed{{{gold}}}", parsing_timeout=None)
     if _PROSE.search(gold):
-        return parse(gold, _LATEX_OR_TEXT, parsing_timeout=None) or parsed
-    return parsed or parse(gold, _LATEX_OR_TEXT, parsing_timeout=None)
+        return _reader().latex_or_text(gold, parsing_timeout=None) or parsed
+    return parsed or _reader().latex_or_text(gold, parsing_timeout=None)
 
 
 class Failure(NamedTuple):
@@ -94,9 +191,10 @@ class WorkerPool:
     Calls a function in worker processes, each call within a hard limit.
 
     A worker that exceeds the time limit is killed, whatever it is at: an alarm inside of it would not reach code in C.
-    A worker that crashes costs the one call that it was at. Workers are started when the first calls come, end with
-    their parent, however that ends, and are replaced after a failure and when they have grown. Every thread may use
-    the pool, one at a time; a forked process has workers of its own. POSIX only.
+    A worker that crashes costs the one call that it was at. The first call of a worker that was idle is tried again,
+    as something else may have killed or stopped it. Workers are started when the first calls come, end with their
+    parent, however that ends, and are replaced after a failure and when they have grown. Every thread may use the
+    pool, one at a time; a forked process has workers of its own. POSIX only.
 
     Args:
         function (`Callable`, *optional*, defaults to [`grade`]):
@@ -165,8 +263,8 @@ class WorkerPool:
     def _map(self, calls):
         results: list[Any] = [None] * len(calls)
         waiting, failed_starts = deque(range(len(calls))), 0
-        # an idle worker that was killed since the last batch is no fault of the next call
-        self._retire([worker for worker in self._workers if worker.process.poll() is not None])
+        # An idle worker may have been killed or stopped since the last batch: then its first call is tried again
+        idle = set(self._workers)
         while True:
             for worker in self._workers:
                 if waiting and worker.is_ready and not worker.calls:
@@ -188,9 +286,12 @@ class WorkerPool:
                     result, failure, is_last = None, "time limit", True
                 else:
                     continue
-                if worker.is_ready:
+                if worker.is_ready and failure and worker in idle:
+                    pass  # back to the waiting calls
+                elif worker.is_ready:
                     results[worker.calls.popleft()] = Failure(failure) if failure else result
                     worker.deadline = now + self.timeout
+                    idle.discard(worker)
                 elif not failure:
                     worker.is_ready, failed_starts = True, 0
                 elif (failed_starts := failed_starts + 1) == _START_ATTEMPTS:
@@ -245,6 +346,9 @@ def _stop(workers: "list[_Worker]"):
 class _Worker:
     def __init__(self, pool):
         self.connection, theirs = Pipe()
+        with socket.socket(fileno=os.dup(self.connection.fileno())) as ours:  # a stopped worker would block a `send`
+            limit = struct.pack("ll", int(pool.timeout), max(1, int(pool.timeout % 1 * 1e6)))
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", __file__, str(theirs.fileno())],  # -P: this file's folder stays off the path
@@ -265,7 +369,7 @@ class _Worker:
         try:
             self.connection.send([calls[i] for i in indices])
         except OSError:
-            pass  # it has ended, as `receive` will find
+            pass  # it has ended or stopped, as `receive` or its deadline will tell
 
     def receive(self):
         try:
@@ -283,6 +387,8 @@ def _work(connection: Connection):
         function, timeout, memory_limit, calls_left = connection.recv()
     except Exception as error:
         return connection.send((None, repr(error), True))
+    if function is None:
+        _reader()  # before the limit on memory, and before the first call is timed
     for limit, value in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_AS, int(memory_limit * 2**20))):
         try:
             resource.setrlimit(limit, (value, value))

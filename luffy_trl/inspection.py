@@ -21,7 +21,6 @@ from .demonstrations import (
     check_columns,
     check_prompt,
     decode_completion,
-    suspicion,
     tokenize_prompt,
 )
 from .luffy_config import LuffyConfig
@@ -177,8 +176,9 @@ def _inspect_batch(rows, findings, function, args, reward_funcs, max_prompt_leng
 
     shown = []  # traces that training shows: position of the row, the trace, and its token ids
     for position, traces in _tokenize(rows, kept, first, function, findings.problems):
-        row, seen = first + position, []
+        row, seen, prompt = first + position, [], rows["prompt"][position]
         findings.num_traces.append(len(traces))
+        hints = function.find_suspicious(prompt, rows[function.field_name][position], row) if traces else {}
         for name, ids in traces:
             trace = Trace(row, name.partition(": ")[2].strip("`"), len(ids))
             if len(ids) > args.max_completion_length:
@@ -193,9 +193,8 @@ def _inspect_batch(rows, findings, function, args, reward_funcs, max_prompt_leng
                 continue
             seen.append(ids)
             shown.append((position, trace, ids))
-            prompt = rows["prompt"][position]
-            if hint := suspicion(prompt, function.tokenizer.decode(ids[:-1])):
-                findings.suspicious.append(f"row {row}, {trace.name} {hint}")
+            if name in hints:
+                findings.suspicious.append(f"row {row}, {trace.name} {hints[name]}")
         if not traces:
             findings.without_traces.append(row)
         elif not seen:
@@ -203,7 +202,7 @@ def _inspect_batch(rows, findings, function, args, reward_funcs, max_prompt_leng
         if seen and len(findings.examples) < num_examples:
             names = [trace.name for place, trace, _ in shown if place == position]
             example = list(zip(names, seen, strict=True))
-            findings.examples.append((row, rows["prompt"][position], prompt_ids[position], example))
+            findings.examples.append((row, prompt, prompt_ids[position], example))
     findings.traces += [trace for _, trace, _ in shown]
     if shown:
         _score(rows, shown, prompt_ids, function.tokenizer, args, reward_funcs, findings.problems)

@@ -2,8 +2,10 @@
 
 import copy
 import warnings
+from contextlib import contextmanager
 from dataclasses import Field, dataclass, field, fields
 
+from transformers import TrainingArguments
 from trl import GRPOConfig
 
 from .losses import BASELINES, SHAPINGS
@@ -78,6 +80,23 @@ def own_fields(config: type) -> list[Field]:
     """The fields of a dataclass that none of its bases has."""
     inherited = {name for base in config.__mro__[1:] for name in getattr(base, "__dataclass_fields__", ())}
     return [f for f in fields(config) if f.name not in inherited]
+
+
+@contextmanager
+def explained_arguments(args: TrainingArguments):
+    """Around the checks of transformers: what YAML reads otherwise than it is meant, and what to do without a GPU."""
+    for name in ("save_strategy", "eval_strategy", "logging_strategy"):
+        if getattr(args, name) is False:  # YAML's `no`
+            setattr(args, name, "no")
+    try:
+        yield
+    except ValueError as error:
+        if "support bf16" not in str(error):
+            raise
+        raise ValueError(
+            "`bf16=True`, the default, needs a GPU with bf16, and there is none. On a CPU set `use_cpu=True` and "
+            "`bf16=False` (`--use_cpu --bf16 false`); on an older GPU `bf16=False`."
+        ) from error
 
 
 @dataclass
@@ -460,19 +479,15 @@ class LuffyConfig(GRPOConfig):
         if self.gradient_checkpointing and getattr(self, "activation_checkpointing", True) is None:
             self.activation_checkpointing = True
         try:
-            super().__post_init__()
-        except ValueError as error:  # two likely ones say what is wrong, and not what to do
+            with explained_arguments(self):
+                super().__post_init__()
+        except ValueError as error:  # says what is wrong, and not what to do
             if "divisible by num_generations" in str(error):
                 raise ValueError(
                     f"`num_generations={self.num_generations}` does not divide the {self.generation_batch_size} "
                     f"completions that are generated at once: `per_device_train_batch_size` "
                     f"({self.per_device_train_batch_size}) times {self.world_size} process(es) times "
                     f"`steps_per_generation` ({self.steps_per_generation}). Change one of them."
-                ) from error
-            if "support bf16" in str(error):
-                raise ValueError(
-                    "`bf16=True`, the default, needs a GPU with bf16, and there is none. On a CPU set `use_cpu=True` "
-                    "and `bf16=False` (`--use_cpu --bf16 false`); on an older GPU `bf16=False`."
                 ) from error
             raise
         self._check_types()

@@ -3,11 +3,11 @@
 """
 LUFFY (arXiv 2504.14945) is GRPO with three changes. They stand below in the order of a training step:
 
-1. Mixed groups. `_generate_and_score_completions` opens slots of each group to demonstrations, which are not sampled;
-   with `demonstration_policy="on_failure"`, `_generate` inserts them where the rollouts of a group fail.
+1. Mixed groups. `_generate_and_score_completions` opens slots of each group to demonstrations, which are not
+   sampled. With `demonstration_policy="on_failure"`, `_generate` inserts them where the rollouts of a group fail.
 2. Rewards and advantages. Both are scored alike, each completion once, and the advantages are those of the mixed
    group. TRL gets to see the rewards of rollouts only: its metrics skip what is NaN.
-3. Policy shaping. `_compute_loss` reads the tokens, and the objective of the method (`methods`) makes the loss of them.
+3. Policy shaping. `_compute_loss` reads the tokens, and the objective of the method (`methods`) makes their loss.
 
 One [`~luffy_trl.groups.MixedBatch`] travels from the first to the last. What GRPOTrainer lacks beside that is in
 `mixins`: sampling what is not given, micro-batches by length, exact resuming, guards of a run, model cards.

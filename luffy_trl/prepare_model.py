@@ -28,6 +28,7 @@ from transformers import (
 
 from .chat_templates import CHAT_TEMPLATES, get_chat_template
 from .demonstrations import load_generation_config
+from .errors import in_one_line, loading_model
 
 
 _COPIED = ["*.safetensors", "*.safetensors.index.json", "*.py", "LICENSE*", "NOTICE*"]
@@ -188,8 +189,9 @@ def main(args: PrepareArguments):
     if output.is_file():
         raise ValueError(f"`output_dir` {args.output_dir!r} is a file. Name a folder.")
     kwargs = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
-    config = AutoConfig.from_pretrained(args.model_name_or_path, **kwargs)
-    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, **kwargs)
+    with loading_model(args.model_name_or_path):
+        config = AutoConfig.from_pretrained(args.model_name_or_path, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, **kwargs)
     generation_config: GenerationConfig = load_generation_config(args.model_name_or_path, **kwargs)
 
     old_eos = generation_config.eos_token_id
@@ -251,4 +253,5 @@ def _same(stat: os.stat_result, other: os.stat_result) -> bool:
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser(PrepareArguments, prog="luffy prepare-model").parse_args_into_dataclasses())
+    with in_one_line():
+        main(*HfArgumentParser(PrepareArguments, prog="luffy prepare-model").parse_args_into_dataclasses())

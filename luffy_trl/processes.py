@@ -66,20 +66,6 @@ def start_script():
     warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing", FutureWarning, "transformers.modeling_utils")
 
 
-@contextmanager
-def errors_in_one_line():
-    """Leaves out the traceback of a `ValueError` that this package raises: its message says what to do."""
-    try:
-        yield
-    except ValueError as error:
-        place = error.__traceback__
-        while place.tb_next is not None:
-            place = place.tb_next
-        if Path(place.tb_frame.f_code.co_filename).is_relative_to(Path(__file__).parent):
-            raise SystemExit(f"ValueError: {error}") from None
-        raise
-
-
 def find_checkpoints(output_dir: str) -> list[Path]:
     """The checkpoints of a folder, the last one first."""
     paths = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")

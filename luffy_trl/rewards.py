@@ -31,7 +31,8 @@ def math_verify_reward(
     naming several candidates, in whatever order and distance; TRL's `accuracy_reward` and the released code leave it
     to math-verify, which takes the last of boxes that stand far apart. Second thoughts belong into the reasoning:
     where boxes follow the last `</think>`, those before it do not count. A box that is not closed is wrong. Without a
-    box, the answer is the last LaTeX environment, as math-verify finds it. In an equation, the last side counts.
+    box, the answer is the last LaTeX environment, as math-verify finds it. In an equation, the last side counts. A
+    final full stop or comma does not matter; a number in another unit or base than the gold answer's is wrong.
 
     Answers are graded in worker processes with a hard limit on time and memory, on every thread (see
     [`~luffy_trl.grading.WorkerPool`] and its environment variables); identical ones only once in a batch. One that

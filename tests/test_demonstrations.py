@@ -2,13 +2,22 @@
 
 """Traces as token ids: what the policy is shown, and what is refused."""
 
+import re
+from pathlib import Path
+
 import pytest
 import tiny
+import trl
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 from transformers import Qwen2Tokenizer
 
 from luffy_trl import LuffyTrainer
-from luffy_trl.demonstrations import to_supervised, tokenize_demonstrations, without_doubled_think
+from luffy_trl.demonstrations import (
+    DemonstrationTokenizer,
+    to_supervised,
+    tokenize_demonstrations,
+    without_doubled_think,
+)
 from luffy_trl.sources.dataset import choose_demonstrations
 
 
@@ -84,29 +93,153 @@ def test_chat_template_arguments_are_used():
     assert texts(dataset) == [["So: 2" + EOS]]
 
 
+@pytest.mark.parametrize("opening", ["<think>", "<think>\n", "<think>\n\n", "<think> "])
+@pytest.mark.parametrize("before", ["", "\n", " \n\n"])
+def test_think_is_not_doubled(opening, before):
+    tokenizer = tiny.make_tokenizer(tiny.THINKING_CHATML.replace("<think>\n", opening))
+    space = opening.removeprefix("<think>")
+    # White space behind the tag is the prompt's, or the trace's where the prompt has none
+    expected = {f"<think>{space}x</think>2": "x</think>2", f"<think>{space}\nx</think>2": "\nx</think>2"}
+    expected |= {"<think>x</think>2": "x</think>2", "<think> x</think>2": "x</think>2" if space else " x</think>2"}
+    for trace, text in expected.items():
+        rows = [{"prompt": user("1+1?"), "demonstrations": [before + trace]}]
+        assert texts(tokenized(rows, tokenizer), tokenizer) == [[text + EOS]]
+        rows = [{"prompt": f"1+1? {opening}", "demonstrations": [before + trace]}]
+        assert texts(tokenized(rows, tokenizer), tokenizer) == [[text + EOS]]
+    # what does not open the reasoning again stands as it is, and so does a trace where the prompt opens nothing
+    assert without_doubled_think(f"1+1? {opening}", f"{before}x</think>2") == f"{before}x</think>2"
+    assert without_doubled_think("1+1?", f"{before}<think>x</think>2") == f"{before}<think>x</think>2"
+
+
+CHAT_TEMPLATES = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
+IMAGE_TEMPLATES = ("idefics3", "llava_next", "smolvlm")  # which leave out a message whose content is a string
+END_OF_TURN = {
+    "cohere": "<|END_OF_TURN_TOKEN|>",
+    "deepseek": "<｜end▁of▁sentence｜>",
+    "diffusion_gemma": "<turn|>",
+    "gemma": "<end_of_turn>",
+    "gemma4": "<turn|>",
+    "glm4moe": "<|user|>",
+    "gptoss": "<|return|>",
+    "lfm2": EOS,
+    "llama3": "<|eot_id|>",
+    "muse_glimmer": "<|eot|>",
+    "nemotron": EOS,
+    "phi3": "<|end|>",
+    "qwen": EOS,
+}
+ANSWER = r"It is \boxed{4}."
+REASONING = f"<think>\nAdd.\n</think>\n\n{ANSWER}"
+OPENED, CLOSED, NEITHER = "never closes the `<think>`", "reasons, but the rendered prompt", None
+# By thinking: what the model writes of an answer, what it writes of reasoning and an answer, and what looks wrong
+QWEN3 = {True: (f"<think>\n\n</think>\n\n{ANSWER}", REASONING, NEITHER), False: (ANSWER, REASONING, CLOSED)}
+QWEN3_5 = {
+    True: (f"\n</think>\n\n{ANSWER}", f"Add.\n</think>\n\n{ANSWER}", OPENED),
+    False: (ANSWER, REASONING, CLOSED),
+}
+WRITTEN = {
+    "cohere2": {True: (f"{ANSWER}<|END_RESPONSE|>", f"{REASONING}<|END_RESPONSE|>", NEITHER)},
+    "deepseek": {True: (ANSWER, f"Add.\n</think>\n\n{ANSWER}", OPENED)},
+    "glm4moe": {
+        True: (f"\n<think></think>\n{ANSWER}", f"\n<think>Add.</think>\n{ANSWER}", NEITHER),
+        False: (f"\n{ANSWER}", REASONING, CLOSED),
+    },
+    "gptoss": {True: (f"<|channel|>final<|message|>{ANSWER}", f"<|channel|>final<|message|>{REASONING}", NEITHER)},
+    "muse_glimmer": {True: (f" to=user<|message|>{ANSWER}", f" to=user<|message|>{REASONING}", NEITHER)},
+    "nemotron_3_5_lightning": {True: (ANSWER, f"Add.</think>{ANSWER}", OPENED), False: (ANSWER, REASONING, CLOSED)},
+    "nemotron_3_nano": {True: (ANSWER, f"Add.\n</think>\n{ANSWER}", OPENED), False: (ANSWER, REASONING, CLOSED)},
+    "nemotron_3_super": {True: (ANSWER, f"Add.\n</think>\n{ANSWER}", OPENED), False: (ANSWER, REASONING, CLOSED)},
+    "nemotron_3_ultra": {True: (ANSWER, f"Add.</think>{ANSWER}", OPENED), False: (ANSWER, REASONING, CLOSED)},
+    "qwen3": QWEN3,
+    "qwen3_training": QWEN3,
+    "qwen3_5": QWEN3_5,
+    "qwen3_6": QWEN3_5,
+    "qwen3_8": QWEN3_5,
+}
+AS_IT_STANDS = (ANSWER, REASONING, NEITHER)
+
+
+def of_family(table, name):
+    """The entry with the longest name that a template's name begins with; `qwen3_vl` is none of `qwen3`."""
+    families = [family for family in table if name.startswith(family) and (family != "qwen3" or name == "qwen3")]
+    return table[max(families, key=len)] if families else None
+
+
+@pytest.mark.parametrize(
+    ("path", "thinking"),
+    [
+        pytest.param(path, thinking, id=f"{path.stem}-{thinking}")
+        for path in CHAT_TEMPLATES
+        for thinking in (None, True, False)
+        if thinking is None or "enable_thinking" in path.read_text()
+    ],
+)
+def test_the_chat_templates_of_trl(path, thinking):
+    """A trace is what a model would sample after the prompt, with the thinking of the template on and off."""
+    template, name = path.read_text(), path.stem
+    tokenizer = tiny.make_tokenizer(template)
+    tokenizer.add_special_tokens({"extra_special_tokens": [*set(END_OF_TURN.values()), "<|END_RESPONSE|>"]})
+    tokenizer.add_tokens(sorted({c for c in template if ord(c) > 127}))
+    tokenizer.bos_token = "<|pad|>"
+    kwargs = {} if thinking is None else {"enable_thinking": thinking}
+    prompt = user("2+2?")
+    if name.startswith(IMAGE_TEMPLATES):
+        assert "2+2?" not in tokenizer.apply_chat_template(prompt, tokenize=False)
+        return
+    end = of_family(END_OF_TURN, name)
+    eos_token_ids = [tokenizer.convert_tokens_to_ids(token) for token in ("<|endoftext|>", *set(END_OF_TURN.values()))]
+    prompt_text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **kwargs)
+    thinks = thinking is not False and not (thinking is None and name.startswith("qwen3_5_nothink"))
+    answer, reasoning, prompt_does = (of_family(WRITTEN, name) or {}).get(thinks, AS_IT_STANDS)
+
+    def written(traces):
+        rows = [{"prompt": prompt, "demonstrations": traces}]
+        dataset = tokenized(rows, tokenizer, 10_000, eos_token_ids, chat_template_kwargs=kwargs)
+        (all_ids,) = dataset["demonstration_ids"]
+        assert all([i for i in ids if i in eos_token_ids] == ids[-1:] for ids in all_ids)
+        return [tokenizer.decode(ids) for ids in all_ids]
+
+    assert written([ANSWER, REASONING]) == [answer + end, reasoning + end]
+    if prompt_does != CLOSED:  # other ways to write the same trace differ in white space alone
+        ways = [f"\n{REASONING}", f"<think>Add.</think>{ANSWER}", f"<think>Add.\n</think>\n{ANSWER}{end}"]
+        ways.append(REASONING + reasoning.rpartition(ANSWER)[2] + end)
+        if "<think>" in prompt_text:
+            ways.append(f"Add.\n</think>\n\n{ANSWER}")
+        assert {re.sub(r"\s", "", text) for text in written(ways)} == {re.sub(r"\s", "", reasoning + end)}
+
+    function = DemonstrationTokenizer(tokenizer, "demonstrations", eos_token_ids, 10_000, chat_template_kwargs=kwargs)
+    hints = function.find_suspicious(prompt, [ANSWER, REASONING], 0)
+    suspected = {OPENED: ["row 0: `demonstrations[0]`"], CLOSED: ["row 0: `demonstrations[1]`"], NEITHER: []}
+    assert list(hints) == suspected[prompt_does]
+    assert all(hint.startswith(prompt_does) for hint in hints.values())
+
+
+def trl_tokenizer(name):
+    path = Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja"
+    return tiny.make_tokenizer(path.read_text())
+
+
 @pytest.mark.parametrize(
     ("trace", "expected"),
     [
-        ("<think>\nx</think>2", "x</think>2"),
-        ("<think>x</think>2", "x</think>2"),
-        ("x</think>2", "x</think>2"),
-        ("\n<think>x</think>2", "\n<think>x</think>2"),
+        ("<think>\nCut off", "<think>\nCut off"),  # not behind a closed <think>
+        ("a</think>b</think>2", "<think>\na\n</think>\n\nb</think>2"),  # the template alone would drop b
+        ("So: <think>a</think>2", "So: <think>a</think>2"),
     ],
 )
-def test_think_is_not_doubled(trace, expected):
-    tokenizer = tiny.make_tokenizer(tiny.THINKING_CHATML)
-    rows = [{"prompt": user("1+1?"), "demonstrations": [trace]}]
-    assert texts(tokenized(rows, tokenizer)) == [[expected + EOS]]
-    rows = [{"prompt": "1+1? <think>\n", "demonstrations": [trace]}]
-    assert texts(tokenized(rows)) == [[expected + EOS]]
-    # a prompt that does not open the reasoning leaves the trace alone
-    rows = [{"prompt": "1+1?", "demonstrations": [trace]}]
-    assert texts(tokenized(rows)) == [[trace + EOS]]
+def test_traces_that_a_template_for_reasoning_would_change(trace, expected):
+    for name, opening in {"qwen3": "", "qwen3_5_think": "<think>\n", "qwen3_8": "<think>\n"}.items():
+        tokenizer = trl_tokenizer(name)
+        dataset = tokenized([{"prompt": user("1"), "demonstrations": [trace]}], tokenizer)
+        ((text,),) = texts(dataset, tokenizer)
+        assert re.sub(r"\s", "", text) == re.sub(r"\s", "", expected.removeprefix(opening) + EOS)
 
 
-def test_think_without_a_newline_in_the_prompt():
-    assert without_doubled_think("Q: <think>", "<think>\nx") == "\nx"
-    assert without_doubled_think("Q: <think>", "x") == "x"
+@pytest.mark.parametrize("trace", ["", "\n", EOS, f"<think>\n{EOS}"])
+def test_an_empty_trace_that_a_template_would_fill(trace):
+    tokenizer = trl_tokenizer("qwen3_8" if "<think>" in trace else "qwen3")
+    with pytest.raises(ValueError, match=r"row 0: `demonstrations\[0\]` is empty"):
+        tokenized([{"prompt": user("1"), "demonstrations": [trace]}], tokenizer)
 
 
 def test_a_template_that_drops_the_reasoning_is_not_asked_for_the_trace():

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,16 +14,19 @@ import time
 from collections import Counter
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from trl import TrlParser
 
+from luffy_trl.demonstrations import tokenize_prompt
 from luffy_trl.eval import (
     BENCHMARKS,
     SYSTEM_PROMPT,
@@ -32,6 +36,7 @@ from luffy_trl.eval import (
     evaluate,
     extract_choice,
     grade,
+    identity,
     load_questions,
     pass_at_k,
     render_prompt,
@@ -39,7 +44,10 @@ from luffy_trl.eval import (
     to_markdown,
 )
 from luffy_trl.eval.backends import Request, Sampling, SeededSampling, TransformersBackend, generate_batch, sample_seed
+from luffy_trl.eval.identity import identify
 from luffy_trl.eval.report import plot_pass_at_k, plot_scores
+from luffy_trl.eval.runner import file_name
+from luffy_trl.eval.templates import render_question
 
 
 # Data
@@ -144,8 +152,99 @@ def test_data_that_cannot_be_used(tmp_path):
     with pytest.raises(ValueError, match="`max_questions` must be positive, got 0"):
         load_questions(data_files=[file], max_questions=0)
     Dataset.from_list([{"prompt": "1+1="}]).to_json(tmp_path / "b.jsonl")
-    with pytest.raises(ValueError, match="b.jsonl has no column `data_source`, `reward_model`"):
+    with pytest.raises(
+        ValueError, match="b.jsonl has the columns prompt. It needs .* `prompt` and `answer`, or the au"
+    ):
         load_questions(data_files=[str(tmp_path / "b.jsonl")])
+    Dataset.from_list([row("math", "1+1=", "2")]).select([]).to_parquet(tmp_path / "c.parquet")
+    with pytest.raises(ValueError, match="`data_files`: .*c.parquet has no rows"):
+        load_questions(data_files=[file, str(tmp_path / "c.parquet")])
+
+
+def write_lines(path, rows):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_files_with_the_columns_of_training(tmp_path):
+    chat = [{"role": "system", "content": "Think."}, {"role": "user", "content": "1+1="}]
+    rows = [
+        {"prompt": chat, "answer": "2", "demonstrations": ["2"]},
+        {"prompt": "2+2=", "answer": 4},
+        {"prompt": chat[1:], "answer": None, "solution": r"It is \boxed{2}."},
+    ]
+    file = write_lines(tmp_path / "held_out.jsonl", rows)
+    assert load_questions(data_files=[file]) == [
+        Question("held_out", 0, "1+1=", "2", "Think."),
+        Question("held_out", 1, "2+2=", "4", is_chat=False),
+        Question("held_out", 2, "1+1=", r"It is \boxed{2}."),
+    ]
+    other = write_lines(tmp_path / "rows.jsonl", [{**row, "data_source": "math"} for row in rows[:2]])
+    assert Counter(q.benchmark for q in load_questions(data_files=[file, other])) == {"math500": 2, "held_out": 3}
+    (tmp_path / "table.csv").write_text("prompt,answer\n1+1=,2\n")
+    assert load_questions(data_files=[str(tmp_path / "table.csv")]) == [
+        Question("table", 0, "1+1=", "2", is_chat=False)
+    ]
+
+
+def test_names_of_files_that_say_too_little(tmp_path):
+    rows = [{"prompt": "1+1=", "answer": "2"}]
+    with pytest.raises(
+        ValueError, match="math500.jsonl is called like a benchmark of the paper, and has no column `da"
+    ):
+        load_questions(data_files=[write_lines(tmp_path / "math500.jsonl", rows)])
+    files = [write_lines(tmp_path / folder / "test.jsonl", rows) for folder in "ab"]
+    with pytest.raises(ValueError, match="a/test.jsonl and .*b/test.jsonl have the same name, and no column"):
+        load_questions(data_files=files)
+
+
+GOOD = {"prompt": [{"role": "user", "content": "1+1="}], "answer": "2"}
+AUTHORS = {"data_source": "sums", "prompt": GOOD["prompt"], "reward_model": {"ground_truth": "2"}}
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "message"),
+    [
+        (AUTHORS, {"data_source": None}, "`data_source` must be the name of a benchmark, got None"),
+        (AUTHORS, {"data_source": 3}, "`data_source` must be the name of a benchmark, got 3"),
+        (AUTHORS, {"data_source": " "}, "`data_source` must be the name of a benchmark, got ' '"),
+        (AUTHORS, {"reward_model": "2"}, "`reward_model` must hold the gold answer as `ground_truth`, got '2'"),
+        (AUTHORS, {"reward_model": None}, "the gold answer is empty"),
+        (AUTHORS, {"reward_model": {"ground_truth": ["2"]}}, "the gold answer in `reward_model` must be one text or"),
+        (AUTHORS, {"reward_model": {"ground_truth": True}}, "the gold answer in `reward_model` must be one text or"),
+        (GOOD, {"answer": ["2"]}, r"the gold answer in `answer` must be one text or number, got \['2'\]"),
+        (GOOD, {"answer": None}, "the gold answer is empty"),
+        (
+            GOOD,
+            {"prompt": None},
+            "`prompt` must be a user message, perhaps after a system message, or a text. Got 'No",
+        ),
+        (GOOD, {"prompt": ""}, "the question is empty"),
+        (GOOD, {"prompt": ["1+1="]}, "`prompt` must be a user message"),
+        (GOOD, {"prompt": [{"role": "user"}]}, "`prompt` has a message whose `content` is no text"),
+        (GOOD, {"prompt": [{"role": "user", "content": ["1"]}]}, "`prompt` has a message whose `content` is no text"),
+        (GOOD, {"prompt": [{"role": "human", "content": "1"}]}, "`prompt` must be a user message"),
+        (
+            GOOD,
+            {"prompt": [*GOOD["prompt"], {"role": "assistant", "content": "1"}]},
+            "`prompt` must be a user message",
+        ),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path, good, bad, message):
+    """In a file of its own: what a column holds is up to `datasets`, which reads all rows in one form if it can."""
+    file = write_lines(tmp_path / "rows.jsonl", [{**good, **bad}])
+    with pytest.raises(ValueError, match=f"Row 0 of {file}: {message}"):
+        load_questions(data_files=[file])
+    file = write_lines(tmp_path / "more.jsonl", [good, {**good, **bad}])
+    with pytest.raises(ValueError, match=f"Row 1 of {file}: "):
+        load_questions(data_files=[file])
+
+
+def test_an_index_that_is_none(tmp_path):
+    file = write_lines(tmp_path / "rows.jsonl", [{**AUTHORS, "extra_info": "x"}])
+    assert load_questions(data_files=[file]) == [Question("sums", 0, "1+1=", "2")]
 
 
 # Rows with the columns that these datasets have on the Hub.
@@ -230,6 +329,21 @@ def test_templates():
         render_prompt(tokenizer, "1+1=")
 
 
+def test_a_question_is_asked_as_training_asks_it():
+    tokenizer = tiny.make_tokenizer()
+    chat, plain = Question("sums", 0, "1+1=", "2", "Think."), Question("sums", 0, "1+1=", "2", is_chat=False)
+    messages = [{"role": "system", "content": "Think."}, {"role": "user", "content": "1+1="}]
+    assert render_question(tokenizer, chat)[1] == tokenize_prompt(tokenizer, messages)
+    assert render_question(tokenizer, chat, system_prompt="")[1] == tokenize_prompt(tokenizer, messages[1:])
+    assert render_question(tokenizer, plain) == ("1+1=", tokenize_prompt(tokenizer, "1+1="))
+    assert render_question(tokenizer, plain, system_prompt="") == render_question(tokenizer, plain)
+    assert render_question(tokenizer, plain, "qwen") == render_question(tokenizer, chat, "qwen")
+    with pytest.raises(ValueError, match="`system_prompt` needs chat messages, and question 0 of sums is a text"):
+        render_question(tokenizer, plain, system_prompt="Think.")
+    tokenizer.chat_template = None
+    assert render_question(tokenizer, plain)[0] == "1+1="
+
+
 # Grading
 
 
@@ -245,6 +359,9 @@ def test_templates():
         (r"\boxed{Option C}", "C"),
         (r"\boxed {J}", "J"),
         (r"\boxed{C} and again \boxed{(C)}", "C"),
+        (r"\boxed{\textcolor{red}{C}}", "C"),
+        (r"\boxed{\color{red}\text{C}.}", "C"),
+        (r"\fbox{\underline{(C)}}", "C"),
         ("The answer is (C).", "C"),
         ("the correct answer is: **C**", "C"),
         ("Therefore, the answer is therefore option C.", "C"),
@@ -261,6 +378,7 @@ def test_templates():
         ("It must be\n\n**(C)**", "C"),
         # hedging
         (r"\boxed{A} or \boxed{B}", None),
+        (r"\fbox{A} or \boxed{B}", None),
         (r"\boxed{A or B}", None),
         (r"\boxed{\text{A or B}}", None),
         (r"\boxed{(A) \text{ or } (B)}", None),
@@ -640,6 +758,137 @@ def test_settings_are_not_mixed(tmp_path, speaker, name, value, shown):
         evaluate(make_args(tmp_path, speaker, **{"num_samples": 1, "benchmarks": ["my_own"], name: value}))
 
 
+def update_once(path, base=None, lr=1e-6):
+    """One update of a model in a folder, or of a LoRA adapter of `base`, as small as those of a fine-tuning."""
+    model = AutoModelForCausalLM.from_pretrained(base or path, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, path, is_trainable=True) if base else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    model(input_ids=torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]])).loss.backward()
+    optimizer.step()
+    model.save_pretrained(path)
+
+
+@pytest.mark.parametrize("kind", ["model", "checkpoint", "adapter", "base", "tokenizer", "eos", "configuration"])
+def test_scores_stay_with_the_weights_that_they_were_measured_on(tmp_path, kind):
+    write_questions(tmp_path / "data.parquet", [row("math", "2+2=", "4")])
+    base = tiny.save_tiny_model(tmp_path / "base")
+    path = str(tmp_path / "my_model" / "checkpoint-10") if kind == "checkpoint" else str(tmp_path / "my_model")
+    tiny.save_tiny_model(path)
+    if kind in ("adapter", "base"):
+        path = str(tmp_path / "adapter")
+        config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+        get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(path)
+        tiny.make_tokenizer().save_pretrained(path)
+    args = make_args(tmp_path, path, temperature=0.0)
+    summary = evaluate(args)
+    os.utime(path)
+    for file in (tmp_path / "my_model").rglob("*"):
+        os.utime(file)  # when a file was written says nothing
+    assert evaluate(args) == summary
+
+    if kind in ("model", "checkpoint", "base"):
+        update_once(base if kind == "base" else path)
+    elif kind == "adapter":
+        update_once(path, base)
+    elif kind == "configuration":
+        config = AutoConfig.from_pretrained(path)
+        config.rope_parameters["rope_theta"] = 5.0
+        config.save_pretrained(path)
+    elif kind == "eos":
+        GenerationConfig(eos_token_id=[1, 3]).save_pretrained(path)
+    else:
+        tiny.make_tokenizer(merges=[("2", "+")]).save_pretrained(path)
+    what = {"tokenizer": "tokenizers", "eos": "end-of-sequence tokens"}.get(kind, "weights or configurations")
+    with pytest.raises(
+        ValueError, match=f"The {what} of '{path}' now .* and when .*math500.jsonl was generated .* dif"
+    ):
+        evaluate(args)
+    args.output_dir = str(tmp_path / "again")
+    assert list(evaluate(args).values())[0]["model"] != list(summary.values())[0]["model"]
+
+
+def test_the_identity_of_big_tensors_is_cheap(tmp_path, monkeypatch):
+    """Of 40 MB: every part of a tensor counts, and few bytes are read."""
+    tokenizer = tiny.make_tokenizer()
+    weight = torch.randn(5, 4_000_000, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    def weights(changed):
+        tensors = {str(i): tensor for i, tensor in enumerate(changed)}
+        save_file(tensors, tmp_path / "model.safetensors")
+        return identify(str(tmp_path), tokenizer, [1])["weights"]
+
+    before = weights(weight)
+    assert weights(weight) == before
+    read, sample = [], identity._sample
+    monkeypatch.setattr(identity, "_sample", lambda *args: (read.append(len(b)) or b for b in sample(*args)))
+    for number in range(5):  # one in a thousand, as by an update in bfloat16 with a learning rate of 1e-7
+        changed = weight.clone()
+        generator = torch.Generator().manual_seed(number)
+        changed[number, torch.randint(4_000_000, (4_000,), generator=generator)] += 1
+        assert weights(changed) != before
+    assert sum(read) / 5 < 100_000
+    for place in (0, -1):
+        changed = weight.clone()
+        changed[2, place] += 1
+        assert weights(changed) != before
+    (tmp_path / "model.safetensors").write_bytes(b"")  # loading it says what is wrong
+    assert identify(str(tmp_path), tokenizer, [1])["weights"] != before
+
+
+HOSTILE = [
+    "../../../escaped",
+    "/absolute",
+    "..",
+    ".",
+    "a\0b",
+    "x" * 300,
+    "é" * 150,
+    "A",
+    "a",
+    "a/b",
+    "a_b",
+    "a\nb|c",
+    "$\\foo$",
+]
+HOSTILE += [file_name("a/b"), "con fusion", "-rf", "\ud800"]
+
+
+def test_names_of_benchmarks_do_not_lead_out_of_the_folder(tmp_path, speaker, monkeypatch):
+    rows = [row(name, f"{i % 3}+1=", str(i)) for i, name in enumerate(HOSTILE[:-1])]
+    write_questions(tmp_path / "data.parquet", rows)
+    args = make_args(tmp_path, speaker, output_dir=str(tmp_path / "deep" / "est" / "out"), temperature=0.0)
+    before = set(tmp_path.parent.rglob("*"))
+    summary = evaluate(args)
+    written = {path for path in set(tmp_path.parent.rglob("*")) - before if path.is_file()}
+    assert all(path.is_relative_to(args.output_dir) for path in written) and not Path("/absolute.jsonl").exists()
+    assert len(read_rows(Path(args.output_dir))) == len(rows)  # each in a file of its own
+    names = [path.name.lower() for path in written if path.suffix == ".jsonl"]
+    assert len(set(names)) == len(rows) and max(map(len, names)) < 130
+    counted = Counted(monkeypatch)
+    assert evaluate(args) == summary and not counted.asked
+    lines = (Path(args.output_dir) / "table.md").read_text().splitlines()
+    assert len(lines) == 2 + len(rows) + 1 and len({line.count(" | ") for line in lines}) == 1
+
+
+def test_file_names():
+    assert [file_name(name) for name in ("aime24", "my_own", "a-b.c")] == ["aime24", "my_own", "a-b.c"]
+    names = {file_name(name).lower() for name in HOSTILE}
+    assert len(names) == len(HOSTILE) and all(re.fullmatch("[a-z0-9._-]+", name) for name in names)
+
+
+@pytest.mark.parametrize("name", ["..", ".", "x" * 250])
+def test_names_of_models_do_not_lead_out_of_the_folder(tmp_path, monkeypatch, name):
+    write_questions(tmp_path / "data.parquet", [row("math", "2+2=", "4")])
+    model = tmp_path / name if len(name) > 2 else tmp_path / "my_model"
+    tiny.save_tiny_model(model)
+    (model / "inner").mkdir()
+    monkeypatch.chdir({"..": model / "inner", ".": model}.get(name, tmp_path))
+    summary = evaluate(make_args(tmp_path, name, temperature=0.0))
+    assert list(summary) == [name if len(name) > 2 else "my_model"]
+    (file,) = tmp_path.rglob("math500.jsonl")
+    assert file.parent.parent == tmp_path / "out"
+
+
 def test_files_that_cannot_be_gone_on_with(tmp_path, speaker):
     rows = [row("math", "1+1=", "2"), row("math", "2+1=", "3")]
     write_questions(tmp_path / "data.parquet", rows)
@@ -721,7 +970,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         assert self.path == "/v1/models"
-        self._answer(200, {"data": [{"id": self.server.name, "max_model_len": 200}]})
+        if self.server.redirect:
+            self.send_response(308)
+            self.send_header("Location", self.server.redirect)
+            return self.end_headers()
+        if self.server.locked and self.headers["Authorization"] is None:
+            return self._answer(401, {"error": "no key"})
+        if self.server.locked == "echo":
+            return self._answer(403, {"error": dict(self.headers)})
+        self._answer(200, {"data": [{"id": self.server.name, "max_model_len": 200, "root": self.server.root}]})
 
     def do_POST(self):
         assert self.path == "/v1/completions"
@@ -742,6 +999,7 @@ class Handler(BaseHTTPRequestHandler):
 def server(speaker):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.name, server.bodies, server.failing, server.lock = speaker, [], {}, threading.Lock()
+    server.root, server.redirect, server.locked = speaker, None, False
     server.model = AutoModelForCausalLM.from_pretrained(speaker).eval()
     server.tokenizer = AutoTokenizer.from_pretrained(speaker)
     server.url = f"http://127.0.0.1:{server.server_port}"
@@ -802,6 +1060,49 @@ def test_another_server(tmp_path, server):
 
     with pytest.raises(ValueError, match="`base_url`: no server answers at"):
         ServerBackend(name, Sampling(), url, num_retries=0)
+
+
+def test_a_server_with_other_weights(tmp_path, server, caplog):
+    write_questions(tmp_path / "data.parquet", [row("math", "2+2=", "4"), row("math", "3+3=", "6")])
+    server.root = None  # not every server says it
+    evaluate(make_server_args(tmp_path, server, max_questions=1))
+    server.root = "/models/a"
+    args = make_server_args(tmp_path, server, output_dir=str(tmp_path / "other"))
+    summary = evaluate(args)
+    evaluate(make_server_args(tmp_path, server))
+    server.root = "/models/b"
+    with pytest.raises(ValueError, match="`served_from` is '/models/b', and .* was generated with '/models/a'"):
+        evaluate(args)
+    # what is done needs no server, but is told
+    server.name = "another"
+    args.base_url = [server.url]
+    assert evaluate(args) == summary
+    assert "was generated before. `base_url`: the server at" in caplog.text
+    # and the weights of a folder here are what they were
+    tiny.save_tiny_model(tmp_path / "mine")
+    server.name = str(tmp_path / "mine")
+    args = make_server_args(tmp_path, server, output_dir=str(tmp_path / "mine_out"))
+    evaluate(args)
+    update_once(tmp_path / "mine")
+    with pytest.raises(ValueError, match="The weights or configurations of '.*mine' now .* differ"):
+        evaluate(args)
+
+
+def test_a_server_that_redirects_or_repeats_the_password(tmp_path, server):
+    write_questions(tmp_path / "data.parquet")
+    server.redirect = "https://elsewhere:8443/v1/models?token=pa55word-of-mine"
+    with pytest.raises(
+        ValueError, match=r"redirects to https://elsewhere:8443/v1/models\. Set `base_url` to where it is"
+    ):
+        evaluate(make_server_args(tmp_path, server))
+    server.redirect, server.locked = None, "echo"
+    url = server.url.replace("://", "://me:pa55word-of-mine@")
+    with pytest.raises(ValueError, match="answers 403") as error:
+        evaluate(make_server_args(tmp_path, server, base_url=url))
+    assert "Basic [key]" in str(error.value) and "pa55" not in str(error.value)
+    server.locked = True
+    evaluate(make_server_args(tmp_path, server, base_url=url))
+    assert not any(b"pa55" in path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")

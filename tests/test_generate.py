@@ -2,12 +2,14 @@
 
 """Against a real HTTP server in a thread, and a real process that is killed."""
 
+import html
 import json
 import re
 import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -22,7 +24,7 @@ class Endpoint(ThreadingHTTPServer):
     Speaks `/v1/chat/completions`: solves `a + b`.
 
     `script` is called with the number of a request, from 0, and its payload; it returns `None` for a right answer, a
-    dict that updates the message, or `(status, headers)`; `"drop"` closes the connection.
+    dict that updates the message, or `(status, headers)`, perhaps with a body; `"drop"` closes the connection.
     """
 
     daemon_threads = True
@@ -65,7 +67,7 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         if isinstance(action, tuple):
-            return self.reply(action[0], b'{"error": "no"}', action[1])
+            return self.reply(action[0], *action[2:] or [b'{"error": "no"}'], action[1])
         a, b = map(int, re.search(r"(\d+) \+ (\d+)", payload["messages"][-1]["content"]).groups())
         message = {"role": "assistant", "content": f"\n\n\\boxed{{{a + b}}}", "reasoning_content": f"\n{a}, {b}.\n"}
         message |= action or {}
@@ -262,6 +264,158 @@ def test_an_endpoint_that_refuses(tmp_path, status):
             run(tmp_path, endpoint, concurrency=1)
     assert len(endpoint.payloads) == 1
     assert not (tmp_path / "data").exists()
+
+
+KEY = 'sk-a/B+c="7"&x\\y'
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        KEY,
+        urllib.parse.quote(KEY),
+        urllib.parse.quote(KEY, safe=""),
+        "".join(f"%{byte:02x}" for byte in KEY.encode()),
+        urllib.parse.quote(urllib.parse.quote(KEY, safe="")),
+        json.dumps(KEY)[1:-1],
+        json.dumps(json.dumps(KEY))[3:-3],
+        "".join(f"\\u{ord(character):04X}" for character in KEY),
+        repr(KEY)[1:-1],
+        html.escape(KEY),
+        "".join(f"&#{ord(character)};" for character in KEY),
+    ],
+)
+def test_the_key_is_not_printed(tmp_path, monkeypatch, capfd, written):
+    monkeypatch.setenv("TEACHER_KEY", KEY)
+
+    def find_key(text):
+        return written in text or KEY in text or "sk-a" in text
+
+    refusals = [
+        (401, {}, f"x{written}y".encode()),
+        (401, {}, b"z" * 490 + written.encode()),  # a message that is cut in its middle
+        (307, {"Location": f"https://elsewhere/v2/{written}/chat/completions?key={written}"}),
+        (302, {"Location": f"//{written}@elsewhere/login"}),
+        (303, {"Location": written}),
+    ]
+    for refusal in refusals:
+        with Endpoint(lambda number, payload, refusal=refusal: refusal) as endpoint:
+            with pytest.raises(SystemExit, match="refuses a request: ") as error:
+                run(tmp_path, endpoint, num_rows=1, api_key_env="TEACHER_KEY")
+        assert not find_key(str(error.value)) and str(refusal[0]) in str(error.value)
+    message = {"content": rf"So {written} \boxed{{1}}", "reasoning_content": f"The key is {written}."}
+    with Endpoint(lambda number, payload: message) as endpoint:
+        data, report = run(tmp_path, endpoint, num_rows=1, api_key_env="TEACHER_KEY")
+        assert endpoint.headers[0]["Authorization"] == f"Bearer {KEY}"
+    assert data["demonstrations"] == [["<think>\nThe key is [key].\n</think>\n\nSo [key] \\boxed{1}"]]
+    assert report["requests"]["with the key in the answer, taken out"] == 1
+    files = [path.read_bytes().decode(errors="replace") for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) >= 5 and not any(map(find_key, [*files, *capfd.readouterr()]))
+
+
+def test_a_key_in_the_address_is_not_printed(tmp_path, monkeypatch):
+    def write_address(endpoint):
+        endpoint.url = endpoint.url.replace("://", "://me:pa55word@")
+        return endpoint
+
+    with Endpoint(lambda number, payload: (401, {}, b"Basic bWU6cGE1NXdvcmQ= is me:pa55word")) as endpoint:
+        with pytest.raises(SystemExit, match="refuses a request: 401") as error:
+            run(tmp_path, write_address(endpoint), num_rows=1)
+    assert "Basic [key] is me:[key]" in str(error.value) and "me:pa55word@" not in str(error.value)
+    with Endpoint() as endpoint:
+        _, report = run(tmp_path, write_address(endpoint), num_rows=1)
+        assert endpoint.headers[0]["Authorization"] == "Basic bWU6cGE1NXdvcmQ="
+    assert report["settings"]["base_url"] == f"http://127.0.0.1:{endpoint.server_port}/v1"
+    assert not any(b"pa55word" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+
+def test_a_short_key_is_no_word_of_an_answer(tmp_path, monkeypatch):
+    monkeypatch.setenv("TEACHER_KEY", "EMPTY")  # what one gives a server that asks for none
+    with Endpoint(lambda number, payload: {"reasoning_content": "The set is EMPTY."}) as endpoint:
+        data, _ = run(tmp_path, endpoint, num_rows=1, api_key_env="TEACHER_KEY")
+    assert data["demonstrations"] == [["<think>\nThe set is EMPTY.\n</think>\n\n\\boxed{1}"]]
+
+
+def test_a_key_that_is_none(tmp_path, monkeypatch):
+    for value in ("two words", "sk-secret\n", "sk-sécret"):
+        monkeypatch.setenv("TEACHER_KEY", value)
+        with pytest.raises(ValueError, match="the value of TEACHER_KEY has white space, or characters that") as error:
+            GenerateArguments(
+                dataset_name="x",
+                output_dir=str(tmp_path / "x"),
+                model="m",
+                base_url="http://x",
+                api_key_env="TEACHER_KEY",
+            )
+        assert value.strip() not in str(error.value)
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_an_endpoint_that_redirects(tmp_path, status):
+    location = {"Location": "https://elsewhere/v1/chat/completions"}
+    with Endpoint(lambda number, payload: (status, location) if number else None) as endpoint:
+        with pytest.raises(
+            SystemExit, match=f"refuses a request: {status} .*: it redirects to https://elsewhere/v1/chat"
+        ):
+            run(tmp_path, endpoint, concurrency=1)
+    assert len(endpoint.payloads) == 2  # also where it has answered before
+    with Endpoint(lambda number, payload: (status, {"Location": "/v2/chat/completions"})) as endpoint:
+        url = endpoint.url.replace("/v1", "/v2")
+        with pytest.raises(SystemExit, match=f"redirects to .*. If you trust it, set `base_url` to {url}$"):
+            run(tmp_path, endpoint)
+    assert not (tmp_path / "data").exists()
+
+
+def test_an_endpoint_that_answers_nothing(tmp_path):
+    with Endpoint(lambda number, payload: (503, {})) as endpoint:
+        with pytest.raises(SystemExit, match=r"has answered none of 3 requests: 3 given up after 503\. Check that it"):
+            run(tmp_path, endpoint, max_retries=0)
+    with pytest.raises(SystemExit, match=r"has answered none of 3 requests: 3 given up after ConnectError\. Check"):
+        run(tmp_path, endpoint, max_retries=0)  # it is gone
+
+
+@pytest.mark.parametrize("same", ["output_dir", "journal_file"])
+def test_two_runs_at_once(tmp_path, same):
+    """The second is refused and asks for nothing; when the first has ended, it has all of its answers."""
+    first_asks, go_on = threading.Event(), threading.Event()
+
+    def script(number, payload):
+        first_asks.set()
+        assert go_on.wait(60)
+
+    names = {"output_dir": str(tmp_path / "data"), "journal_file": str(tmp_path / "journal.jsonl")}
+    other = {name: value if name == same else f"{value}.other" for name, value in names.items()}
+    with Endpoint(script) as endpoint:
+        results = []
+        thread = threading.Thread(target=lambda: results.append(run(tmp_path, endpoint, 12, **names)))
+        thread.start()
+        assert first_asks.wait(60)
+        with pytest.raises(
+            ValueError, match=f"`{same}`: another run is writing '{names[same]}', and holds .*.lock. Wait"
+        ):
+            run(tmp_path, endpoint, 12, **other)
+        go_on.set()
+        thread.join()
+        ((data, report),) = results
+        assert len(endpoint.payloads) == 12 and report["requests"]["answered"] == 12
+        run(tmp_path, endpoint, 12, overwrite_output_dir=True, **names)
+        assert len(endpoint.payloads) == 12
+    assert len((tmp_path / "journal.jsonl").read_text().splitlines()) == 12
+
+
+def test_a_run_that_began_before_another_ended(tmp_path):
+    with Endpoint() as endpoint:
+        write_problems(tmp_path, 3)
+        args = GenerateArguments(
+            dataset_name=str(tmp_path / "problems.jsonl"),
+            output_dir=str(tmp_path / "data"),
+            base_url=endpoint.url,
+            model="teacher",
+        )
+        run(tmp_path, endpoint)
+        with pytest.raises(ValueError, match="`output_dir` .* is there already"):
+            main(args)
+    assert len(endpoint.payloads) == 3
 
 
 def test_one_request_that_is_refused(tmp_path):

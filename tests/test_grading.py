@@ -72,7 +72,8 @@ def test_the_time_limit_is_hard(pool, children):
     pool.map([("0",)] * 2)
     start = time.perf_counter()
     assert pool.map([(HANG_IN_C,), (HANG_IN_REGEX,)]) == [Failure("time limit")] * 2
-    assert 0.5 <= time.perf_counter() - start < 3  # the two at the same time; a loaded machine may take its time
+    # the two at the same time, and again as the workers were idle; a loaded machine may take its time
+    assert 1.0 <= time.perf_counter() - start < 10
     assert len(children()) == 0  # killed, and waited for
 
 
@@ -116,11 +117,38 @@ def test_workers_start_with_the_calls_and_live_on(pool, children):
     assert pool.map([("7",)]) == [7]
 
 
+@pytest.mark.parametrize(
+    ("signal_number", "size"),
+    # a text of 4 MiB does not fit into a socket, and nobody reads it out
+    [(signal.SIGKILL, 1), (signal.SIGKILL, 2**22), (signal.SIGSTOP, 1), (signal.SIGSTOP, 2**22)],
+)
+def test_a_worker_that_was_killed_or_stopped_just_before_costs_nothing(signal_number, size):
+    pool = WorkerPool(eval, num_workers=1, timeout=1.0)
+    (pid,) = pool.map([(PID,)])
+    os.kill(pid, signal_number)
+    assert pool.map([(f"len('{'x' * size}')",), ("7",)]) == [size, 7]
+    assert not is_running(pid)
+    pool.close()
+
+
 def test_an_idle_worker_that_was_killed_costs_nothing(pool):
     (pid,) = pool.map([(PID,)])
     os.kill(pid, signal.SIGKILL)
     wait_for(lambda: not is_running(pid))
     assert pool.map([("7",)]) == [7]
+
+
+def test_only_the_first_call_of_an_idle_worker_is_tried_again(tmp_path):
+    tried = tmp_path / "tried"
+    crash = f"(open({str(tried)!r}, 'a').write('x'), __import__('os')._exit(3))"
+    pool = WorkerPool(eval, num_workers=1)
+    assert pool.map([(crash,)]) == [Failure("exit code 3")]  # of a worker that was started for it
+    assert tried.read_text() == "x"
+    assert pool.map([("1",), (crash,), ("2",)]) == [1, Failure("exit code 3"), 2]  # it has answered a call
+    assert tried.read_text() == "xx"
+    assert pool.map([(crash,), ("2",)]) == [Failure("exit code 3"), 2]
+    assert tried.read_text() == "xxxx"
+    pool.close()
 
 
 def test_an_interrupted_batch_leaves_no_results_behind(pool):
@@ -208,7 +236,7 @@ def test_workers_end_with_their_parent(end, kill):
 def test_workers_import_neither_torch_nor_the_package():
     pool = WorkerPool(eval, num_workers=1)
     modules = "[name for name in ('torch', 'trl', 'luffy_trl', 'math_verify') if name in __import__('sys').modules]"
-    assert pool.map([(modules,)]) == [["math_verify"]]
+    assert pool.map([(modules,)]) == [[]]  # math-verify where it grades
     pool.close()
 
 

@@ -297,6 +297,30 @@ def test_memory_with_lora(model_path):
     assert memory["states"] == pytest.approx((4 * model.num_parameters + 12 * model.num_trainable) / GIB)
 
 
+def test_what_looks_wrong_is_the_traces_own(tmp_path):
+    """What the chat template writes around a trace is not, and what the prompt does to thinking is told."""
+    tokenizer = tiny.make_tokenizer(
+        "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>final<|im_end|>{% endif %}{{ m.content }}"
+        "<|endoftext|>{% endfor %}"
+    )
+    rows = [{"prompt": chat("1+1="), "demonstrations": ["2", "<|im_start|>2", r"\boxed{2}<|endoftext|>"]}]
+    eos_token_ids = [tokenizer.convert_tokens_to_ids("<|endoftext|>")]
+    args = tiny.make_args(tmp_path)
+    findings = inspect_dataset(Dataset.from_list(rows), tokenizer, eos_token_ids, args, [tiny.share_of_digits])
+    assert [text.partition(", the")[0] for text in findings.suspicious] == [
+        "row 0, demonstrations[1] holds '<|im_start|>'"
+    ]
+
+    rows = [{"prompt": chat("1+1="), "demonstrations": ["2", "<think>\n1</think>2"]}]
+    for opening, hint in {
+        "<think>\n": "row 0, demonstrations[0] never closes the `<think>` that the rendered prompt opens.",
+        "<think></think>": "row 0, demonstrations[1] reasons, but the rendered prompt ends with a closed, empty",
+    }.items():
+        tokenizer = tiny.make_tokenizer(tiny.THINKING_CHATML.replace("<think>\n", opening))
+        findings = inspect_dataset(Dataset.from_list(rows), tokenizer, [1], args, [tiny.share_of_digits])
+        assert len(findings.suspicious) == 1 and findings.suspicious[0].startswith(hint)
+
+
 def test_a_stream(tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in tiny.addition_rows(3)))
     tokenizer = tiny.make_tokenizer()

@@ -3,23 +3,30 @@
 """
 The likeliest mistakes of a first hour: each ends in a message that says what to do, before a model is loaded.
 
-They are made with the script of `luffy train`, on a model without weights: whatever comes to load them fails the test.
+They are made with the scripts of `luffy train` and `luffy sft`, on a model without weights: whatever comes to load
+them fails the test.
 """
 
 import functools
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 import tiny
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from safetensors import SafetensorError
 from transformers import AutoTokenizer
+from trl import ModelConfig
 
 from luffy_trl import LuffyConfig, LuffyTrainer
-from luffy_trl.checks import check_vllm_server, has_bf16
-from luffy_trl.scripts import train
+from luffy_trl.checks import check_model, check_vllm_server, has_bf16
+from luffy_trl.data import load_data
+from luffy_trl.data.openr1 import stream
+from luffy_trl.errors import in_one_line
+from luffy_trl.scripts import sft, train
 
 
 RIGHT = [
@@ -36,10 +43,10 @@ def model_path(tmp_path):
     return path
 
 
-@pytest.fixture
-def luffy_train(tmp_path, model_path):
+def make_script(script, tmp_path, model_path):
     def run(rows=RIGHT, **kwargs):
-        Dataset.from_list(rows).to_json(tmp_path / "train.jsonl")
+        if "dataset_name" not in kwargs:
+            Dataset.from_list(rows).to_json(tmp_path / "train.jsonl")
         values = {
             "model_name_or_path": model_path,
             "dataset_name": tmp_path / "train.jsonl",
@@ -53,19 +60,170 @@ def luffy_train(tmp_path, model_path):
             **kwargs,
         }
         flags = [part for name, value in values.items() for part in (f"--{name}", *str(value).split(" "))]
-        train.main(*train.make_parser().parse_args_and_config(flags))
+        script.main(*script.make_parser().parse_args_and_config(flags))
 
     return run
+
+
+@pytest.fixture
+def luffy_train(tmp_path, model_path):
+    return make_script(train, tmp_path, model_path)
+
+
+@pytest.fixture(params=[train, sft], ids=["train", "sft"])
+def luffy(request, tmp_path, model_path):
+    """Both scripts."""
+    return make_script(request.param, tmp_path, model_path)
 
 
 def renamed(**names):
     return [{names.get(name, name): value for name, value in row.items()} for row in RIGHT]
 
 
-def test_without_a_mistake_it_is_the_weights_that_fail(luffy_train):
+def test_without_a_mistake_it_is_the_weights_that_fail(luffy):
     """So that each message below comes before them."""
     with pytest.raises(SafetensorError):
-        luffy_train()
+        luffy()
+
+
+LINE = b'{"prompt": "1+1=", "demonstrations": ["2"], "answer": "2"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.jsonl",
+            LINE * 2 + b'{"prompt": "1\n' + LINE,
+            "Line 3 of '{}' is no JSON, from character 14 on: Invalid con",
+        ),
+        ("a.jsonl", LINE * 2 + LINE[:20], "Line 3 of '{}' is no JSON, from character 20 on: Unterminated string"),
+        ("a.jsonl", LINE[:-1] + b",\n" + LINE, "Line 1 of '{}' is no JSON, from character 59 on: Extra data. Correct"),
+        ("a.jsonl", LINE + b"3\n", r"Line 2 of '{}' is no JSON object, such as \{{\"prompt\": ...\}}"),
+        (
+            "a.jsonl",
+            b'{"prompt": "\xe9"}\n' + LINE,
+            "Line 1 of '{}' is no text in UTF-8: 'utf-8' codec can't decode byt",
+        ),
+        ("a.jsonl", b"", "'{}' is an empty file. It needs a row for each problem"),
+        ("a.jsonl", b"\n\n", "'{}' has no rows"),
+        (
+            "a.json",
+            b"[" + LINE + b",\n x]",
+            "Line 3 of '{}' is no JSON, from character 2 on: Expecting value. Correct",
+        ),
+        ("a.json", b"[]", "'{}' has no rows"),
+        (
+            "a.csv",
+            b"prompt,completion,answer\n1,2,3\n1,2,3,4\n",
+            "'{}' cannot be loaded. ParserError: .* line 3, saw 4",
+        ),
+        ("a.csv", b"prompt,completion,answer\n", "'{}' has no rows"),
+        ("a.csv", b"prompt,completion\n1,\xe9\n", "'{}' cannot be loaded. UnicodeDecodeError: "),
+        ("a.parquet", b"nothing", "'{}' cannot be loaded. ArrowInvalid: Parquet file size is 7 bytes"),
+        ("a.txt", LINE, "'{}' is a file of another format than .jsonl, .json, .parquet, .csv. Write a .jsonl file"),
+        ("a.jsonl.gz", LINE, "'{}' is a file of another format than"),
+        ("a.jsonl", None, "There is no file '{}'. Check `dataset_name`"),
+        ("a", None, "'{}' is no file or folder here, and no dataset on the Hub that can be loaded. FileNotFound"),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path, name, content, message):
+    """As all commands read them: at once, as a stream, and for `luffy prepare-data`."""
+    file = tmp_path / name
+    if content is not None:
+        file.write_bytes(content)
+    for read in (load_data, lambda name: load_data(name, streaming=True), lambda name: list(stream(name))):
+        with pytest.raises(ValueError, match=message.format(file)) as error:
+            read(str(file))
+        assert "\n" not in str(error.value)
+
+
+def test_folders_that_cannot_be_read(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(
+        ValueError, match="folder' cannot be loaded. EmptyDatasetError: .* doesn't contain any data file"
+    ):
+        load_data(str(tmp_path / "folder"))
+    (tmp_path / "folder" / "a.jsonl").write_bytes(LINE)
+    assert load_data(str(tmp_path / "folder")).num_rows == 1
+    with pytest.raises(
+        ValueError, match='folder\' cannot be loaded. ValueError: Unknown split "test". Should be one of'
+    ):
+        load_data(str(tmp_path / "folder"), "test")
+    (tmp_path / "folder" / "b.jsonl").write_bytes(LINE + b"x\n")
+    with pytest.raises(ValueError, match="Line 2 of '.*folder/b.jsonl' is no JSON, from character 1 on"):
+        load_data(str(tmp_path / "folder"))
+    DatasetDict(train=Dataset.from_list(RIGHT)).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match="saved' has the splits train, and none called 'test'"):
+        load_data(str(tmp_path / "saved"), "test")
+    with pytest.raises(ValueError, match="'someone/nothing' is no file or folder here, and no dataset on the Hub"):
+        load_data("someone/nothing")  # the tests are offline
+
+
+def test_a_file_in_which_a_later_line_is_broken(tmp_path):
+    """Behind what a stream reads at first, 10 MB."""
+    with (tmp_path / "a.jsonl").open("wb") as file:
+        file.write((LINE[:-3] + b"0" * 10_000 + b'"}\n') * 1500 + b"x\n")
+    rows = stream(str(tmp_path / "a.jsonl"))
+    assert next(rows)["prompt"] == "1+1="
+    with pytest.raises(ValueError, match="Line 1501 of '.*a.jsonl' is no JSON, from character 1 on"):
+        list(rows)
+
+
+def test_a_dataset_that_cannot_be_read(luffy, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(LINE + b"x\n")
+    with pytest.raises(ValueError, match="Line 2 of '.*a.jsonl' is no JSON, from character 1 on: Expecting value"):
+        luffy(dataset_name=tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (
+            [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}],
+            "`prompt` ends with a message of the assistant, and must end with the user's. Move what the assistant",
+        ),
+        (
+            [{"role": "human", "content": "1"}],
+            "`prompt` has the roles 'human'. Call them 'user' and 'assistant', as chat templates do",
+        ),
+        (
+            [{"role": "system", "content": "1"}, {"role": "human", "content": "1"}, {"role": "gpt", "content": "1"}],
+            "`prompt` has the roles 'system', 'human', 'gpt'. Call them 'user' and 'assistant'",
+        ),
+        (
+            [{"from": "human", "value": "1"}],
+            "`prompt` must be .* Call `from` and `value` of a message `role` and `content`, 'human' 'user', and 'gpt'",
+        ),
+        ([], r"`prompt` must be a string or a list of chat messages, got '\[\]'"),
+        (["1"], r"`prompt` must be a string or a list of chat messages, got \"\['1'\]\""),
+    ],
+)
+def test_prompts_that_ask_nothing(luffy, prompt, message):
+    with pytest.raises(ValueError, match=f"row 0: {message}"):
+        luffy([{"prompt": prompt, "completion": "2", "answer": "2"}])
+
+
+def test_messages_in_a_csv_file(luffy, tmp_path):
+    rows = [{"prompt": [{"role": "user", "content": "1"}], "completion": "2", "answer": "2"}]
+    Dataset.from_list(rows).to_csv(tmp_path / "a.csv")
+    with pytest.raises(
+        ValueError, match="row 0: .* These are messages written as text. A csv file has no lists: write"
+    ):
+        luffy(dataset_name=tmp_path / "a.csv")
+    with pytest.raises(SafetensorError):  # a question about messages is none
+        luffy([{**row, "prompt": 'What is [{"role": "user"}]?'} for row in RIGHT])
+
+
+def test_traces_in_a_csv_file(luffy, tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,demonstrations,answer\n1+1=,\"['2']\",2\n")
+    with pytest.raises(
+        ValueError, match="row 0: `demonstrations` .* A csv file has no lists: name the column `completi"
+    ):
+        luffy(dataset_name=tmp_path / "a.csv")
+    (tmp_path / "a.csv").write_text("prompt,completion,answer\n1+1=,\\boxed{2},2\n" + "2+1=,\\boxed{3},3\n" * 7)
+    with pytest.raises(SafetensorError):
+        luffy(dataset_name=tmp_path / "a.csv")
 
 
 def test_wrong_column(luffy_train):
@@ -190,9 +348,78 @@ def test_a_demonstration_that_repeats_its_prompt(luffy_train, caplog):
     )
 
 
-def test_bf16_without_a_gpu(luffy_train):
+def test_bf16_without_a_gpu(luffy):
     with pytest.raises(ValueError, match=r"`bf16=True`, the default, needs a GPU .* \(`--use_cpu --bf16 false`\)"):
-        luffy_train(use_cpu="false", bf16="true")
+        luffy(use_cpu="false", bf16="true")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./nope", "`model_name_or_path`: './nope' is no folder here, and no model on the Hub that can be loaded. "),
+        ("someone/nothing", "`model_name_or_path`: 'someone/nothing' is no folder here, and no model on the Hub"),
+        ("{}/empty", "`model_name_or_path`: '{}/empty' is a folder without a model that can be loaded. "),
+        (
+            "{}/without_config",
+            "`model_name_or_path`: '{}/without_config' is a folder without a model that can be load",
+        ),
+    ],
+)
+def test_a_model_that_is_not_there(luffy, tmp_path, name, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "without_config").mkdir()
+    tiny.make_tokenizer().save_pretrained(tmp_path / "without_config")
+    with pytest.raises(ValueError, match=message.format(tmp_path)) as error:
+        luffy(model_name_or_path=name.format(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("script", [train, sft], ids=["train", "sft"])
+def test_no_in_yaml(tmp_path, script):
+    """`no` is False there."""
+    (tmp_path / "recipe.yaml").write_text("save_strategy: no\neval_strategy: no\nlogging_strategy: no\n")
+    flags = ["--config", str(tmp_path / "recipe.yaml"), "--output_dir", "out", "--use_cpu", "true", "--bf16", "false"]
+    _, args, _ = script.make_parser().parse_args_and_config(flags)
+    assert {args.save_strategy.value, args.eval_strategy.value, args.logging_strategy.value} == {"no"}
+
+
+@pytest.mark.parametrize("module", ["scripts.train", "scripts.sft", "scripts.inspect_data", "eval", "data.openr1"])
+def test_a_mistake_is_one_line_of_a_command(tmp_path, module):
+    (tmp_path / "a.jsonl").write_bytes(LINE + b"x\n")
+    arguments = {
+        "eval": ["--data_files", "a.jsonl", "--output_dir", "out", "--backend", "transformers"],
+        "data.openr1": ["--dataset_name", "a.jsonl", "--output_dir", "out"],
+        "scripts.inspect_data": ["--dataset_name", "a.jsonl"],
+    }.get(module, ["--dataset_name", "a.jsonl", "--output_dir", "out", "--use_cpu", "true", "--bf16", "false"])
+    if module != "data.openr1":
+        arguments += ["--model_name_or_path", tiny.save_tiny_model(tmp_path / "model")]
+    command = [sys.executable, "-m", f"luffy_trl.{module}", *arguments]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("ValueError: Line 2 of 'a.jsonl' is no JSON, from character 1 on")
+
+
+def test_what_is_no_mistake_keeps_its_traceback(tmp_path):
+    def refuse():
+        check_model(ModelConfig(model_name_or_path=None))
+
+    with pytest.raises(SystemExit, match="ValueError: `model_name_or_path` is required: a model on the Hub"):
+        with in_one_line():
+            refuse()
+    (tmp_path / "recipe.yaml").write_text("nothing: 1\n")
+    with pytest.raises(SystemExit, match="ValueError: Unknown arguments from config file"):  # which TRL raises
+        with in_one_line():
+            train.make_parser().parse_args_and_config(
+                ["--config", str(tmp_path / "recipe.yaml"), "--use_cpu", "true", "--bf16", "false"]
+            )
+    for mistake, error in (
+        (lambda: {}["x"], KeyError),
+        (lambda: int("x"), ValueError),
+        (lambda: load_data(), TypeError),
+    ):
+        with pytest.raises(error):
+            with in_one_line():
+                mistake()
 
 
 def test_bf16_on_an_old_cpu(luffy_train, monkeypatch):
@@ -204,16 +431,19 @@ def test_bf16_on_an_old_cpu(luffy_train, monkeypatch):
             luffy_train(bf16="true")
 
 
-def test_missing_extra(luffy_train, monkeypatch):
+def test_missing_extra(luffy_train):
     with pytest.raises(ValueError, match=r"`use_vllm=True` needs vLLM, .* `pip install luffy-trl\[vllm\]`"):
         luffy_train(use_vllm="true")  # which is in an environment of its own
+
+
+def test_missing_extra_of_both(luffy, monkeypatch):
     # what is installed here cannot be missing
     monkeypatch.setattr("luffy_trl.checks.get_available_reporting_integrations", lambda: [])
     with pytest.raises(ValueError, match="`report_to` names 'wandb', which is not installed: `pip install wandb`, or"):
-        luffy_train(report_to="wandb")
-    monkeypatch.setattr("luffy_trl.scripts.train.is_peft_available", lambda: False)
+        luffy(report_to="wandb")
+    monkeypatch.setattr("luffy_trl.checks.is_peft_available", lambda: False)
     with pytest.raises(ValueError, match=r"`use_peft=True` needs PEFT, .* `pip install luffy-trl\[peft\]`"):
-        luffy_train(use_peft="true")
+        luffy(use_peft="true")
 
 
 def test_vllm_server_that_is_not_up(tmp_path, caplog):

@@ -17,12 +17,14 @@ import tiny
 from datasets import Dataset
 from huggingface_hub import EvalResult, ModelCard
 from launched_hub import answer
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.hub import PushInProgress
 
 from luffy_trl import LuffyTrainer
-from luffy_trl.eval import summarize
+from luffy_trl.demonstrations import find_eos_token_ids, load_generation_config
+from luffy_trl.eval import EvaluationArguments, evaluate, summarize
+from luffy_trl.eval.identity import identify
 from luffy_trl.model_card import __main__ as command
 
 
@@ -359,7 +361,14 @@ def test_the_commit_of_the_run(model_path, tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------- results
 
 
-def write_summary(folder, scores, model="mine"):
+def save_and_identify(trainer):
+    """Saves the trainer's model; what an evaluation of it stores about the model."""
+    trainer.save_model()
+    path, tokenizer = trainer.args.output_dir, AutoTokenizer.from_pretrained(trainer.args.output_dir)
+    return identify(path, tokenizer, find_eos_token_ids(tokenizer, load_generation_config(path)))
+
+
+def write_summary(folder, scores, model="mine", identity=None):
     """What `luffy_trl.eval` writes, of two questions with two samples each."""
     sample = {"num_tokens": 3, "finish_reason": "stop"}
     rows = {
@@ -367,12 +376,13 @@ def write_summary(folder, scores, model="mine"):
         for name, questions in scores.items()
     }
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "summary.json").write_text(json.dumps({model: summarize(rows)}))
+    (folder / "summary.json").write_text(json.dumps({model: {**summarize(rows), "model": identity or {}}}))
 
 
 def test_results_of_the_evaluation(model_path, tmp_path):
-    write_summary(tmp_path / "mine" / "_evaluation", {"aime24": [[True, False], [False, False]]})
     trainer = make_trainer(model_path, tmp_path / "mine")
+    scores = {"aime24": [[True, False], [False, False]]}
+    write_summary(tmp_path / "mine" / "_evaluation", scores, identity=save_and_identify(trainer))
     trainer.create_model_card()
     card = ModelCard.load(tmp_path / "mine" / "README.md")
     expected = EvalResult(
@@ -397,9 +407,11 @@ def test_results_come_to_a_card_that_was_there(model_path, tmp_path, capsys):
     folder = tmp_path / "mine"
     trainer = make_trainer(model_path, folder)
     trainer.create_model_card(tags="math")
-    before = read_card(trainer)
-    for correct in (False, True):
-        write_summary(tmp_path / "results", {"math500": [[correct, False]], "my_own": [[True, True]]}, "mine-qwen")
+    before, identity = read_card(trainer), save_and_identify(trainer)
+    del identity["chat_template"]  # of an evaluation with another template
+    for correct, name in ((False, "mine-qwen"), (True, "another")):  # the weights count, and not the name
+        scores = {"math500": [[correct, False]], "my_own": [[True, True]]}
+        write_summary(tmp_path / "results", scores, name, identity)
         command.main(command.CardArguments(str(folder), str(tmp_path / "results")))
         card = ModelCard.load(folder / "README.md")
         scores = {result.dataset_name: result.metric_value for result in card.data.eval_results}
@@ -414,12 +426,25 @@ def test_results_come_to_a_card_that_was_there(model_path, tmp_path, capsys):
 def test_results_that_are_not_of_these_weights_are_left_out(model_path, tmp_path, caplog):
     folder = tmp_path / "mine"
     trainer = make_trainer(model_path, folder)
-    write_summary(folder / "_evaluation", {"math500": [[True]]}, model="another")
+    write_summary(folder / "_evaluation", {"math500": [[True]]})
+    trainer.create_model_card()
+    assert "has no model with a tokenizer, which " in caplog.text
+    identity = save_and_identify(trainer)
+    write_summary(folder / "_evaluation", {"math500": [[True]]}, "another", {**identity, "weights": "0"})
     trainer.create_model_card()
     assert "has results of another, and none of a model called" in caplog.text
+    for stored, what in (
+        (None, "weights or configurations"),  # of a version that did not store it
+        ({**identity, "tokenizer": "0"}, "tokenizers"),
+        ({**identity, "eos_token_ids": [0]}, "end-of-sequence tokens"),
+        ({**identity, "chat_template": "0"}, "chat templates"),
+    ):
+        write_summary(folder / "_evaluation", {"math500": [[True]]}, identity=stored)
+        trainer.create_model_card()
+        assert f"has results of 'mine', and not of what is in {folder} now: the {what} differ." in caplog.text
     assert "## Evaluation" not in read_card(trainer)
 
-    write_summary(folder / "_evaluation", {"math500": [[True]]})
+    write_summary(folder / "_evaluation", {"math500": [[True]]}, identity=identity)
     past = time.time() - 100
     os.utime(folder / "_evaluation" / "summary.json", (past, past))
     trainer.train()
@@ -429,6 +454,52 @@ def test_results_that_are_not_of_these_weights_are_left_out(model_path, tmp_path
     assert "## Evaluation" not in read_card(trainer)
     with pytest.raises(ValueError, match="summary.json is older than .*trainer_state.json"):
         command.main(command.CardArguments(str(folder)))
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_trained_on_into_the_same_folder(tmp_path, caplog, adapter):
+    """Train, evaluate, train on, evaluate again: as a user would, with the smallest update that there is."""
+    folder = tmp_path / "mine"
+    base = tiny.save_tiny_model(tmp_path / "base")
+    questions = tmp_path / "sums.jsonl"
+    questions.write_text(json.dumps({"prompt": "1+1=", "answer": "2"}) + "\n")
+    peft_config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM") if adapter else None
+    args = EvaluationArguments(
+        model_name_or_path=[str(folder)],
+        output_dir=str(folder / "_evaluation"),
+        data_files=[str(questions)],
+        backend="transformers",
+        dtype="float32",
+        max_tokens=4,
+        num_resamples=10,
+    )
+    trainer = make_trainer(base, folder, peft_config=peft_config, learning_rate=1e-6)
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+    summary = evaluate(args)
+    assert list(summary) == ["mine"]
+    trainer.create_model_card()
+    assert "| sums | 1 | pass@1 | 0.0 |" in read_card(trainer)
+    trainer.save_model()  # the same weights again, as `push_to_hub` saves them
+    assert evaluate(args) == summary
+
+    trainer = make_trainer(base, folder, peft_config=peft_config, learning_rate=1e-6, max_steps=2)
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+    with pytest.raises(ValueError, match="The weights or configurations of '.*mine' now .* differ"):
+        evaluate(args)
+    os.utime(folder / "_evaluation" / "summary.json")  # the date says nothing
+    trainer.create_model_card()
+    assert f"not of what is in {folder} now: the weights or configurations differ. Evaluate it again" in caplog.text
+    assert "## Evaluation" not in read_card(trainer)
+    with pytest.raises(ValueError, match="the weights or configurations differ"):
+        command.main(command.CardArguments(str(folder)))
+    args.output_dir = str(tmp_path / "again")
+    evaluate(args)
+    command.main(command.CardArguments(str(folder), args.output_dir))
+    assert "| sums | 1 | pass@1 | 0.0 |" in read_card(trainer)
 
 
 def test_the_command_names_what_is_missing(tmp_path):

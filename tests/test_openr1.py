@@ -14,6 +14,7 @@ from luffy_trl.data.openr1 import (
     Contamination,
     OpenR1Arguments,
     ParquetFolder,
+    locked,
     main,
     to_row,
     write_training_data,
@@ -222,6 +223,20 @@ def test_shards(tmp_path, monkeypatch):
     assert data["answer"] == [str(i + 1) for i in range(250)]
 
 
+def test_two_runs_on_one_output(tmp_path):
+    Dataset.from_list([openr1_row("1 + 1?", "2", [trace(2)])]).to_parquet(tmp_path / "raw.parquet")
+    args = OpenR1Arguments(dataset_name=str(tmp_path / "raw.parquet"), output_dir=str(tmp_path / "data"))
+    with locked("output_dir", str(tmp_path / "other" / ".." / "data") + "/"):  # the same, written otherwise
+        with pytest.raises(ValueError, match="`output_dir`: another run is writing '.*data', and holds .*.data.lock"):
+            main(args)
+        main(OpenR1Arguments(dataset_name=str(tmp_path / "raw.parquet"), output_dir=str(tmp_path / "another")))
+    (tmp_path / "data").mkdir()  # by a run that ended after the arguments were checked
+    with pytest.raises(ValueError, match="is there already"):
+        main(args)
+    (tmp_path / "data").rmdir()
+    main(args)  # which nothing stands in the way of
+
+
 def test_an_interrupted_run_leaves_nothing_that_looks_finished(tmp_path):
     rows = [openr1_row(f"{i} + 1?", str(i + 1), [trace(i + 1)]) for i in range(2_000)]
     Dataset.from_list(rows).to_parquet(tmp_path / "raw.parquet")
@@ -233,12 +248,12 @@ def test_an_interrupted_run_leaves_nothing_that_looks_finished(tmp_path):
         time.sleep(0.05)
     process.kill()
     process.wait()
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [".data.partial"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {".data.partial", ".data.lock"}
     # what it left does not stand in the way
     args = OpenR1Arguments(dataset_name=str(tmp_path / "raw.parquet"), output_dir=str(tmp_path / "out" / "data"))
     short = (to_row(row, number) for number, row in enumerate(rows[:3]))
     write_training_data(short, args, "a test")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["data"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"data", ".data.lock"}
     assert len(load_dataset(str(tmp_path / "out" / "data"), split="train")) == 3
 
 

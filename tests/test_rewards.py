@@ -10,7 +10,7 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
 from luffy_trl import rewards
-from luffy_trl.grading import WorkerPool
+from luffy_trl.grading import WorkerPool, grade
 from luffy_trl.rewards import math_verify_reward
 
 
@@ -45,6 +45,96 @@ from luffy_trl.rewards import math_verify_reward
 def test_answers(completion, gold, reward):
     assert math_verify_reward([completion], answer=[gold]) == [reward]
     assert math_verify_reward([[{"role": "assistant", "content": completion}]], solution=[gold]) == [reward]
+
+
+GOLDS = ["42", "3.5", r"\frac{1}{2}", r"\sqrt{2}", "(1, 2)", "[0, 1)", r"\{1, 2\}", "x^2 + 1", r"\text{Evelyn}", "B"]
+GOLDS += [
+    r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}",
+    r"12\text{ cm}",
+    "4343_6",
+    r"\$18.90",
+    r"12.5\%",
+    r"90^\circ",
+    "1,000",
+]
+FORMS = [
+    "%s",
+    "%s.",
+    "%s,",
+    "$%s$",
+    "$%s.$",
+    r"\textcolor{red}{%s}",
+    r"{\color{red} %s}",
+    r"\underline{%s}.",
+    r"{\Large %s}",
+]
+
+
+def test_how_an_answer_is_written_does_not_matter():
+    """A full stop or a comma at the end, a colour and a size: of every kind of answer, and of the gold answer."""
+
+    def graded(texts, golds):
+        return [grade(gold, rewards._find_answers(text, False)) for text, gold in zip(texts, golds, strict=True)]
+
+    all_right = [True] * len(GOLDS)
+    for form in FORMS:
+        written = [form.replace("%s", gold) for gold in GOLDS]
+        assert graded([rf"\boxed{{{answer}}}" for answer in written], GOLDS) == all_right
+        others = [*written[1:], written[0]]
+        assert graded([rf"\boxed{{{answer}}}" for answer in others], GOLDS) == [False] * len(GOLDS)
+    assert graded([f"So it is \\[ {gold}. \\]" for gold in GOLDS], GOLDS) == all_right
+    assert graded([rf"\boxed{{{gold}}}" for gold in GOLDS], [f"{gold}." for gold in GOLDS]) == all_right
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "reward"),
+    [
+        (r"1\,000", "1000", 1.0),
+        (r"12\ 345\ 678", "12345678", 1.0),
+        ("12 345.5", "12345.5", 1.0),
+        ("(1,000)", "1000", 0.0),
+        ("10 20", "1020", 0.0),
+        ("12 dollars", "12", 1.0),
+        ("12", "12 chickens", 1.0),
+        (r"\frac{1}{2} cup", "0.5", 1.0),
+        ("12 million", "12", 0.0),
+        ("12 or", "12", 0.0),
+        (r"\varnothing", r"\emptyset", 1.0),
+        # math-verify finds these equal
+        ("12 m", "12 cm", 0.0),
+        (r"12\,\mathrm{kg}", r"12\text{ cm}", 0.0),
+        (r"12\text{ cm}", r"12\text{ cm}^2", 0.0),
+        ("12 centimeters", r"12\text{ cm}", 1.0),
+        ("12 inches", "12 in", 1.0),
+        ("12 square cm", r"12\text{ cm}^2", 1.0),
+        ("12", "12 cm", 1.0),
+        ("12 cm", "12", 1.0),
+        ("4343_7", "4343_6", 0.0),
+        ("4343_{6}", "4343_6", 1.0),
+        ("4343", "4343_6", 1.0),
+        ("7,7", "7", 0.0),
+        (r"\frac12, \frac12", "0.5", 0.0),
+        ("7, 7", "7, 7", 1.0),
+        ("100,100", "100100", 1.0),
+        ("3=2", "2", 0.0),
+        ("x = 2", "2", 1.0),
+        ("1 + 1 = 2", "2", 1.0),
+        ("2.0 = 2", "2", 1.0),
+        ("BA", "AB", 0.0),
+        (r"\text{AB}", "AB", 1.0),
+        ("ba", "ab", 1.0),  # a product
+        (r"100\%", "100", 1.0),
+        (r"100\%", "1", 1.0),
+    ],
+)
+def test_everyday_answers(answer, gold, reward):
+    assert math_verify_reward([rf"\boxed{{{answer}}}"], answer=[gold]) == [reward]
+
+
+def test_a_repeated_answer_does_not_pass_as_a_list():
+    assert (
+        math_verify_reward([r"\boxed{7}\boxed{7,7}", r"\boxed{12 cm}\boxed{12 m}"], answer=["7", "12 cm"]) == [0.0] * 2
+    )
 
 
 @pytest.mark.parametrize(

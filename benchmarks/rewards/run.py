@@ -1,7 +1,8 @@
 # Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
 
 """
-What `math_verify_reward` gives, and how fast: `python benchmarks/rewards/run.py {gold,hostile,throughput,start}`.
+What `math_verify_reward` gives, and how fast:
+`python benchmarks/rewards/run.py {answers,gold,hostile,throughput,start}`.
 
 `gold` and `throughput` read gold answers from a parquet file whose column `reward_model` has `ground_truth`, such as
 `data/valid.all.parquet` of the authors' release. Each writes a CSV next to this file.
@@ -33,6 +34,76 @@ FORMS = {
     "inline, in a sentence": r"As $2 + 2 = 4$, the final answer is $\boxed{%s}$. I hope it is correct.",
     "display": "Hence\n\\[\n\\boxed{%s}\n\\]\nwhich was to be shown.",
 }
+
+
+ANSWERS = [  # gold, what is boxed, and what a fair reader would give: 1, 0, or either
+    ("42", "42.", 1),
+    ("42", "42,", 1),
+    ("42", "$42.$", 1),
+    ("(1, 2)", "(1, 2).", 1),
+    ("12", r"12\text{ cm}.", 1),
+    ("B", "B.", 1),
+    ("1000", r"1\,000", 1),
+    ("1000", "1 000", 1),
+    ("1000", "1,000", 1),
+    ("1000", "1{,}000", 1),
+    ("1000", "(1,000)", 0),
+    ("12", "12 dollars", 1),
+    ("12", r"12\text{ dollars}", 1),
+    ("12", r"\$12", 1),
+    ("12", "12 million", 0),
+    ("42", r"\textcolor{red}{42}", 1),
+    ("(1, 2)", r"{\color{red}(1, 2)}", 1),
+    ("42", r"\underline{42}", 1),
+    ("42", r"{\Large 42}", 1),
+    (r"\emptyset", r"\varnothing", 1),
+    ("12 cm", "12 m", 0),
+    (r"12\text{ cm}", r"12\text{ m}", 0),
+    (r"12\text{ cm}^2", r"12\text{ cm}", 0),
+    (r"12\text{ cm}", "12 centimeters", 1),
+    (r"12\text{ cm}^2", "12 square cm", 1),
+    ("12 cm", "12", 1),
+    ("12", r"12\text{ cm}", 1),
+    ("12 cm", "12 kg", 0),
+    ("4343_6", "4343_7", 0),
+    ("4343_6", "4343_{6}", 1),
+    ("4343_6", "4343", 1),
+    ("4343_6", r"4343_{\text{six}}", 1),
+    ("7", "7, 7", 0),
+    ("7, 7", "7", "either"),
+    ("7", r"\{7\}", "either"),
+    ("2", "3 = 2", 0),
+    ("2", "1 + 1 = 2", 1),
+    ("2", "1 + 2 = 2", 0),
+    ("2", "x = 2", 1),
+    ("x = 2", "2", 1),
+    ("AB", "BA", 0),
+    ("ab", "ba", 1),
+    ("100", r"100\%", 1),
+    ("1", r"100\%", 1),
+    (r"100\%", "100", 1),
+    (r"100\%", "1", "either"),
+    (r"12\%", "0.12", "either"),
+    ("B", "(B)", 1),
+    ("B", r"\text{B}", 1),
+    ("1, 2", "2, 1", 1),
+    ("1, 2", r"\{1, 2\}", 1),
+    ("(1, 2)", "(2, 1)", 0),
+    ("(1, 2)", r"\{1, 2\}", 0),
+    ("(1, 2)", "1, 2", "either"),
+    ("[1, 2]", "(1, 2)", 0),
+    (r"\frac{1}{2}", r"\frac12", 1),
+    (r"\frac{1}{2}", r"\dfrac{1}{2}", 1),
+    ("0.5", "1/2", 1),
+    (r"1\frac{1}{2}", "1.5", 1),
+    ("(0, 1)", "0 < x < 1", 1),
+    ("Evelyn", r"\text{Evelyn.}", 1),
+    ("Evelyn", "evelyn", 1),
+    ("6", r"\text{6 cm}", 1),
+    ("3.14", r"\approx 3.14", 1),
+    (r"2\sqrt{3}", "2√3", 1),
+    ("5", "5 or 6", 0),
+]
 
 
 def tower(height):
@@ -119,6 +190,22 @@ def read_golds(path):
 def write_csv(name, header, rows):
     with open(HERE / name, "w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([header, *rows])
+
+
+def answers(args):
+    """Everyday ways of writing, right and wrong, beside what `accuracy_reward` gives, to `answers.csv`."""
+    golds, boxed, fair = zip(*ANSWERS, strict=True)
+    completions = [[{"role": "assistant", "content": rf"The answer is \boxed{{{answer}}}."}] for answer in boxed]
+    ours = math_verify_reward(completions, answer=golds)
+    trl = accuracy_reward(completions, [rf"${answer}$" for answer in golds])
+    rows = list(zip(golds, boxed, fair, ours, trl, strict=True))
+    for name, rewards in {"math_verify_reward": ours, "accuracy_reward": trl}.items():
+        right = sum(reward == expected for reward, expected in zip(rewards, fair, strict=True))
+        print(f"{name}: as a fair reader in {right} of {len(fair) - fair.count('either')}")
+    for row in rows:
+        if not row[2] == row[3] == row[4]:
+            print("|", " | ".join(f"`{x}`" if i < 2 else str(x) for i, x in enumerate(row)), "|")
+    write_csv("answers.csv", ("gold", "boxed", "fair reader", "math_verify_reward", "accuracy_reward"), rows)
 
 
 def gold(args):
@@ -247,11 +334,11 @@ def start(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["gold", "hostile", "throughput", "start"])
+    parser.add_argument("what", choices=["answers", "gold", "hostile", "throughput", "start"])
     parser.add_argument("--data", default="data/valid.all.parquet", help="Parquet file with gold answers.")
     parser.add_argument("--others", type=int, default=20, help="How many other answers each gold answer is held to.")
     parser.add_argument("--repetitions", type=int, default=5)
     args = parser.parse_args()
     if args.what in ("gold", "throughput") and not Path(args.data).is_file():
         parser.error(f"there is no file {args.data!r}: give --data")
-    {"gold": gold, "hostile": hostile, "throughput": throughput, "start": start}[args.what](args)
+    {"answers": answers, "gold": gold, "hostile": hostile, "throughput": throughput, "start": start}[args.what](args)

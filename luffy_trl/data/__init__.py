@@ -2,12 +2,15 @@
 
 """Getting data in: from the Hub, folders and files to rows of prompts and traces."""
 
+import json
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
 from ..demonstrations import check_prompt, check_prompt_column, tokenize_prompt
@@ -15,7 +18,7 @@ from ..demonstrations import check_prompt, check_prompt_column, tokenize_prompt
 
 logger = get_logger(__name__)
 
-_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 def load_data(
@@ -39,18 +42,84 @@ def load_data(
         [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: The dataset.
 
     Raises:
-        ValueError: If there is no such file.
+        ValueError: If there is no such file or split, or it cannot be read. The message names it, and a broken line.
     """
     path = Path(name)
     if path.is_dir() and any((path / file).exists() for file in ("state.json", "dataset_dict.json")):
         dataset = load_from_disk(name)
-        dataset = dataset[split] if isinstance(dataset, DatasetDict) else dataset
+        if isinstance(dataset, DatasetDict):
+            if split not in dataset:
+                raise ValueError(f"{name!r} has the splits {', '.join(dataset)}, and none called {split!r}.")
+            dataset = dataset[split]
         return dataset.to_iterable_dataset() if streaming else dataset
-    if path.suffix in _BUILDERS:
+    suffix = path.suffix.lower()
+    if suffix in BUILDERS and not path.is_dir():
         if not path.is_file():
             raise ValueError(f"There is no file {name!r}. Check `dataset_name`, `eval_dataset_names` or `data_files`.")
-        return load_dataset(_BUILDERS[path.suffix], data_files=name, split="train", streaming=streaming)
-    return load_dataset(name, config, split=split, streaming=streaming)
+        if path.stat().st_size == 0:
+            raise ValueError(f"{name!r} is an empty file. It needs a row for each problem.")
+        source = {"path": BUILDERS[suffix], "data_files": name, "split": "train"}
+    elif path.is_file():
+        raise ValueError(
+            f"{name!r} is a file of another format than {', '.join(BUILDERS)}. Write a .jsonl file: in each line a "
+            'JSON object like {"prompt": ..., "answer": ...}.'
+        )
+    else:
+        source = {"path": name, "name": config, "split": split}
+    with explained(name):
+        dataset = load_dataset(**source, streaming=streaming)
+        # What is wrong with a local file would show later, and without its name
+        is_empty = streaming and path.exists() and next(iter(dataset), None) is None
+        if not streaming and path.is_file() and suffix != ".parquet":
+            dataset.data.table.validate(full=True)  # finds what is no UTF-8
+    if is_empty:
+        raise ValueError(f"{name!r} has no rows.")
+    return dataset
+
+
+@contextmanager
+def explained(name: str):
+    """Says what is wrong with a dataset in one line, where `datasets` has a traceback without the file or the line."""
+    try:
+        yield
+    except Exception as error:  # of datasets, pyarrow, pandas, json and the Hub's client
+        path = Path(name)
+        files = [path] if path.is_file() else path.rglob("*") if path.is_dir() else []
+        broken = filter(None, map(_find_broken_line, sorted(files)))
+        if line := next(broken, None):
+            raise ValueError(f"{line} Correct the line, or remove it.") from error
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else None
+        reason = " ".join(f"{type(cause or error).__name__}: {cause or error}".split())[:500]
+        if "corresponds to no data" in reason:
+            raise ValueError(f"{name!r} has no rows.") from error
+        if path.exists():
+            raise ValueError(f"{name!r} cannot be loaded. {reason}") from error
+        raise ValueError(
+            f"{name!r} is no file or folder here, and no dataset on the Hub that can be loaded. {reason}"
+        ) from error
+
+
+def _find_broken_line(file: Path) -> str | None:
+    """The first line of a JSON file that is none, and why: a row a line, or an array of rows."""
+    if file.suffix.lower() not in (".json", ".jsonl"):
+        return None
+    with file.open("rb") as lines:
+        is_array = lines.read(100).lstrip()[:1] == b"["
+        lines.seek(0)
+        number = 0
+        try:
+            if is_array:
+                json.load(lines)
+                return None
+            for number, line in enumerate(lines, start=1):
+                if line.strip() and not isinstance(json.loads(line), dict):
+                    return f'Line {number} of {str(file)!r} is no JSON object, such as {{"prompt": ...}}.'
+        except json.JSONDecodeError as error:
+            number = error.lineno if is_array else number
+            reason = error.msg.removesuffix(" at")
+            return f"Line {number} of {str(file)!r} is no JSON, from character {error.colno} on: {reason}."
+        except UnicodeDecodeError as error:
+            return f"Line {number} of {str(file)!r} is no text in UTF-8: {error}."
 
 
 def without_long_prompts(

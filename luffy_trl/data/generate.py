@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -27,7 +28,9 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from .openr1 import Checker, OpenR1Arguments, Report, stream, to_row, write_training_data
+from ..errors import in_one_line
+from ..redaction import Redactor, credentials_of, without_credentials
+from .openr1 import Checker, OpenR1Arguments, Report, locked, stream, to_row, write_training_data
 
 
 try:
@@ -111,6 +114,11 @@ class GenerateArguments(OpenR1Arguments):
             raise ValueError(f"`base_url` must begin with http:// or https://, got {self.base_url!r}.")
         if self.api_key_env is not None and not os.environ.get(self.api_key_env):
             raise ValueError(f"`api_key_env` names the environment variable {self.api_key_env}, which is not set.")
+        if not re.fullmatch("[!-~]*", self.api_key):
+            raise ValueError(
+                f"`api_key_env`: the value of {self.api_key_env} has white space, or characters that are not ASCII, "
+                "which no key has. Set it to the key alone."
+            )
         for name, least in (("num_traces", 1), ("max_tokens", 1), ("concurrency", 1), ("max_retries", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
@@ -119,6 +127,11 @@ class GenerateArguments(OpenR1Arguments):
                 raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}.")
         if self.journal_file is None:
             self.journal_file = f"{self.output_dir.rstrip('/')}.journal.jsonl"
+
+    @property
+    def api_key(self) -> str:
+        """The key, empty if there is none. It is no field: fields are written to the report."""
+        return os.environ[self.api_key_env] if self.api_key_env else ""
 
 
 class Journal:
@@ -207,6 +220,7 @@ class Teacher:
     def __init__(self, args: GenerateArguments, client: httpx.AsyncClient):
         self.args = args
         self.client = client
+        self.hide = Redactor(args.api_key, *credentials_of(args.base_url))
         self.pace = Pace(args.requests_per_minute)
         self.counts: Counter[str] = Counter()
 
@@ -238,15 +252,31 @@ class Teacher:
                     if asked_for is not None:
                         seconds = asked_for
                         self.pace.hold(asked_for)  # what is too much from one request is too much from all
-                elif response.is_error:
-                    raise Refused(f"{response.status_code} {response.reason_phrase}: {response.text[:500]}")
+                elif not response.is_success:
+                    status = f"{response.status_code} {response.reason_phrase}"
+                    raise Refused(self.hide(f"{status}: {_redirection(response) or response.text}")[:500])
                 response.raise_for_status()
-                return read_answer(response)
+                answer = read_answer(response)
+                hidden = self.hide.answer(answer)
+                if hidden != answer:
+                    self.counts["with the key in the answer, taken out"] += 1
+                return hidden
             except httpx.HTTPError as error:
                 if attempt == self.args.max_retries:
                     raise
                 self.counts[f"repeated after {_name(error)}"] += 1
             await asyncio.sleep(seconds)
+
+
+def _redirection(response: httpx.Response) -> str:
+    """What to do about a redirect, which a POST does not follow: a key would go with it."""
+    if not response.has_redirect_location:
+        return ""
+    try:
+        target = without_credentials(str(response.url.join(response.headers["location"])))
+    except (httpx.InvalidURL, ValueError):
+        return "it redirects to what is no address"
+    return f"it redirects to {target}. If you trust it, set `base_url` to {target.removesuffix('/chat/completions')}"
 
 
 def _name(error: httpx.HTTPError) -> str:
@@ -377,7 +407,7 @@ async def ask_all(args: GenerateArguments, checker: Checker, journal: Journal) -
         ValueError: If a row of the dataset cannot be read; before anything is asked.
     """
     keys = {key: key in journal for key, _ in _requests(args, checker)}
-    headers = {"Authorization": f"Bearer {os.environ[args.api_key_env]}"} if args.api_key_env else {}
+    headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
     client = httpx.AsyncClient(
         base_url=args.base_url,
         headers=headers,
@@ -395,7 +425,7 @@ async def ask_all(args: GenerateArguments, checker: Checker, journal: Journal) -
             try:
                 answer = await teacher.ask(messages)
             except Refused as error:
-                if not teacher.counts["answered"] or str(error)[:3] in ("401", "403", "404"):
+                if not teacher.counts["answered"] or str(error)[:3] in ("401", "403", "404") or str(error)[0] == "3":
                     raise
                 teacher.counts[f"refused with {str(error)[:3]}"] += 1
             except httpx.HTTPError as error:
@@ -417,14 +447,27 @@ async def ask_all(args: GenerateArguments, checker: Checker, journal: Journal) -
 
 def main(args: GenerateArguments) -> Report:
     """Asks the teacher for what is missing, and writes what is right."""
-    checker, journal = Checker(args), Journal(args.journal_file)
+    with locked("output_dir", args.output_dir), locked("journal_file", args.journal_file):
+        args.check_output_dir()  # a run that has just ended may have written it
+        return _run(args, Checker(args), Journal(args.journal_file))
+
+
+def _run(args: GenerateArguments, checker: Checker, journal: Journal) -> Report:
+    address = without_credentials(args.base_url)
     try:
         counts = asyncio.run(ask_all(args, checker, journal))
     except ExceptionGroup as group:
         refused, others = group.split(Refused)
         if others:
             raise
-        raise SystemExit(f"The endpoint {args.base_url} refuses a request: {refused.exceptions[0]}") from None
+        raise SystemExit(f"The endpoint {address} refuses a request: {refused.exceptions[0]}") from None
+    failures = {name: number for name, number in counts.items() if name.startswith(("refused", "given up"))}
+    if failures and not counts["answered"] and not counts["in the journal"]:
+        listed = ", ".join(f"{number} {name}" for name, number in failures.items())
+        raise SystemExit(
+            f"The endpoint {address} has answered none of {sum(failures.values())} requests: {listed}. Check that it "
+            "is up and that `base_url` is its address up to /v1, or raise `timeout`."
+        )
 
     def rows():
         for row in _rows(args):
@@ -438,14 +481,15 @@ def main(args: GenerateArguments) -> Report:
 
     source = f"`{args.dataset_name}` and `{args.model}`"
     report = write_training_data(rows(), args, source, checker=checker, requests=dict(counts))
-    failed = sum(number for name, number in counts.items() if name.startswith(("refused", "given up")))
-    if failed:
+    if failures:
         print(
-            f"{failed} requests got no answer. To ask for these again, and for these only, run the command once more, "
+            f"{sum(failures.values())} requests got no answer. "
+            "To ask for these again, and for these only, run the command once more, "
             "with `--overwrite_output_dir`."
         )
     return report
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser(GenerateArguments, prog="luffy prepare-data generate").parse_args_into_dataclasses())
+    with in_one_line():
+        main(*HfArgumentParser(GenerateArguments, prog="luffy prepare-data generate").parse_args_into_dataclasses())

@@ -19,10 +19,12 @@ import shutil
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import filelock
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -33,8 +35,10 @@ from transformers import AutoTokenizer, HfArgumentParser
 
 from ..chat_templates import SYSTEM_PROMPT
 from ..demonstrations import DemonstrationTokenizer, find_eos_token_ids, load_generation_config, tokenize_prompt
+from ..errors import in_one_line, loading_model
+from ..redaction import without_credentials
 from ..rewards import math_verify_reward
-from . import load_data
+from . import BUILDERS, explained, load_data
 
 
 SHARD_BYTES = 300_000_000  # of text; parquet compresses it to about a third
@@ -113,15 +117,19 @@ class OpenR1Arguments:
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace what is in output_dir."})
 
     def __post_init__(self):
+        self.check_output_dir()
+        for name in ("max_prompt_length", "max_completion_length", "ngram_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+
+    def check_output_dir(self):
+        """Raises a `ValueError` if `output_dir` holds what is not to be replaced."""
         if Path(self.output_dir).exists() and not self.overwrite_output_dir:
             raise ValueError(
                 f"`output_dir` {self.output_dir!r} is there already. Name another, or set `overwrite_output_dir`."
             )
         if Path(self.output_dir).exists() and not (Path(self.output_dir) / "report.json").is_file():
             raise ValueError(f"`output_dir` {self.output_dir!r} holds what this command did not write. Name another.")
-        for name in ("max_prompt_length", "max_completion_length", "ngram_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
 
 
 # ------------------------------------------------------------------------------------------------ rows, as they come
@@ -148,24 +156,26 @@ def stream(name: str, split: str = "train", config: str | None = None) -> Iterat
         ValueError: If there is no such file or split.
     """
     path = Path(name)
-    if path.suffix == ".parquet" and path.is_file():
+    is_one_file = path.suffix.lower() in BUILDERS or path.is_file()
+    if path.suffix.lower() == ".parquet" and path.is_file():
         files = [name]
-    elif path.is_file() or (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+    elif is_one_file or (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         files = None
     else:
-        builder = load_dataset_builder(name, config)
+        with explained(name):
+            builder = load_dataset_builder(name, config)
         files = builder.config.data_files if isinstance(builder.config, ParquetConfig) else None
         if files is not None and split not in files:
             raise ValueError(f"{name!r} has the splits {', '.join(files)}, not {split!r}. Set `dataset_split`.")
         files = files and files[split]
-    if files is None:
-        yield from load_data(name, split, config, streaming=True)
-        return
-    for file in files:
-        with fsspec.open(file) as opened:
-            # `pre_buffer` keeps the compressed bytes of all that it has read
-            for batch in pq.ParquetFile(opened, pre_buffer=False).iter_batches(batch_size=_ROWS_PER_BATCH):
-                yield from batch.to_pylist()
+    rows = load_data(name, split, config, streaming=True) if files is None else ()
+    with explained(name):
+        yield from rows
+        for file in files or ():
+            with fsspec.open(file) as opened:
+                # `pre_buffer` keeps the compressed bytes of all that it has read
+                for batch in pq.ParquetFile(opened, pre_buffer=False).iter_batches(batch_size=_ROWS_PER_BATCH):
+                    yield from batch.to_pylist()
 
 
 def to_row(raw: dict[str, Any], number: int, system_prompt: str | None = None) -> dict[str, Any]:
@@ -352,7 +362,8 @@ class Checker:
         self.contamination = Contamination(load_questions(args.evaluation_files or []), args.ngram_size)
         self.tokenizer = self._tokenize = None
         if args.model_name_or_path is not None:
-            self.tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
+            with loading_model(args.model_name_or_path):
+                self.tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
             eos_token_ids = find_eos_token_ids(self.tokenizer, load_generation_config(args.model_name_or_path))
             # As the trainer does it, so that a trace that is kept here is not dropped there
             self._tokenize = DemonstrationTokenizer(
@@ -504,6 +515,22 @@ class Report:
         return "\n".join(lines)
 
 
+@contextmanager
+def locked(option: str, path: str):
+    """Refuses a second run that would write the same file or folder. The lock of a process ends with it."""
+    target = Path(path).resolve()
+    lock = target.with_name(f".{target.name}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        held = filelock.FileLock(lock).acquire(blocking=False)
+    except filelock.Timeout:
+        raise ValueError(
+            f"`{option}`: another run is writing {path!r}, and holds {lock}. Wait until it has ended, or name another."
+        ) from None
+    with held:
+        yield
+
+
 class ParquetFolder:
     """
     Writes rows to the parquet files of a folder that appears, whole, when everything is written.
@@ -627,6 +654,8 @@ def write_training_data(
                     seen.add(key)
                     folder.write({**row, "demonstrations": kept})
             progress.update(len(batch))
+        if not report.rows:
+            raise ValueError(f"{source} has no rows.")
         if not report.rows[None]:
             raise ValueError(f"No row of {source} is left:\n{report.to_markdown()}\nLoosen what drops them.")
         _write_report(report, folder.partial, args, source, checker.contamination.num_questions)
@@ -636,6 +665,8 @@ def write_training_data(
 
 def _write_report(report: Report, folder: Path, args: OpenR1Arguments, source: str, num_questions: int):
     settings = {name: value for name, value in vars(args).items() if name != "output_dir"}
+    if "base_url" in settings:
+        settings["base_url"] = without_credentials(settings["base_url"])
     (folder / "report.json").write_text(
         json.dumps({**report.to_dict(), "settings": settings}, indent=2, ensure_ascii=False) + "\n"
     )
@@ -662,8 +693,11 @@ def main(args: OpenR1Arguments):
                 raise ValueError("`verify='flags'` needs the column `correctness_math_verify`; the dataset has none.")
             yield to_row(raw, number, args.system_prompt)
 
-    write_training_data(rows(), args, f"`{args.dataset_name}`")
+    with locked("output_dir", args.output_dir):
+        args.check_output_dir()  # a run that has just ended may have written it
+        write_training_data(rows(), args, f"`{args.dataset_name}`")
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser(OpenR1Arguments, prog="luffy prepare-data openr1").parse_args_into_dataclasses())
+    with in_one_line():
+        main(*HfArgumentParser(OpenR1Arguments, prog="luffy prepare-data openr1").parse_args_into_dataclasses())

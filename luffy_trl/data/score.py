@@ -27,6 +27,7 @@ from transformers import (
 from trl.trainer.utils import pad, selective_log_softmax
 
 from ..demonstrations import find_eos_token_ids, load_generation_config, to_supervised, tokenize_demonstrations
+from ..errors import in_one_line, loading_model
 from . import load_data
 
 
@@ -158,8 +159,10 @@ def main(args: ScoreArguments):
     if args.temperature <= 0:
         raise ValueError(f"`temperature` must be positive, got {args.temperature}.")
     dataset = load_data(args.dataset_name, args.dataset_split)
-    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
-    teacher_tokenizer = AutoTokenizer.from_pretrained(args.teacher_name_or_path)
+    with loading_model(args.model_name_or_path):
+        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
+    with loading_model(args.teacher_name_or_path, "teacher_name_or_path"):
+        teacher_tokenizer = AutoTokenizer.from_pretrained(args.teacher_name_or_path)
     teacher_vocab = teacher_tokenizer.get_vocab()
     unlike = sorted(t for t, number in tokenizer.get_vocab().items() if teacher_vocab.get(t, number) != number)
     if unlike:
@@ -176,4 +179,5 @@ def main(args: ScoreArguments):
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser(ScoreArguments, prog="luffy prepare-data score").parse_args_into_dataclasses())
+    with in_one_line():
+        main(*HfArgumentParser(ScoreArguments, prog="luffy prepare-data score").parse_args_into_dataclasses())

@@ -11,12 +11,14 @@ from pathlib import Path
 
 from trl import TrlParser
 
+from ..errors import in_one_line
 from .report import to_markdown
 from .runner import EvaluationArguments, evaluate
 
 
 if __name__ == "__main__":
-    (args,) = TrlParser(EvaluationArguments, prog="luffy eval").parse_args_and_config()
-    summary = evaluate(args)
-    print(to_markdown(summary))
-    print(f"Results are in {Path(args.output_dir).resolve()}.")
+    with in_one_line():
+        (args,) = TrlParser(EvaluationArguments, prog="luffy eval").parse_args_and_config()
+        summary = evaluate(args)
+        print(to_markdown(summary))
+        print(f"Results are in {Path(args.output_dir).resolve()}.")

@@ -20,6 +20,8 @@ from transformers import (
 )
 from trl.trainer.utils import pad
 
+from ..redaction import Redactor, basic_auth, credentials_of, without_credentials
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -286,6 +288,9 @@ class ServerBackend:
 
         self.model, self.sampling, self.num_concurrent = model_name_or_path, sampling, num_concurrent
         self.url = base_url.rstrip("/").removesuffix("/v1") + "/v1"
+        self.name = without_credentials(self.url)
+        netrc = requests.utils.get_netrc_auth(self.url) or ("", "")
+        self.hide = Redactor(*credentials_of(self.url), *basic_auth(*netrc))
         # A sample has a seed, so that asking again does no harm.
         retry = Retry(num_retries, backoff_factor=0.5, status_forcelist=(429, 502, 503, 504), allowed_methods=None)
         self.session = requests.Session()
@@ -294,20 +299,26 @@ class ServerBackend:
         try:
             served = self._call("GET", "models")["data"]
         except requests.RequestException as error:
-            raise ValueError(f"`base_url`: no server answers at {self.url} ({error}).") from error
+            raise ValueError(f"`base_url`: no server answers at {self.name} ({self.hide(error)}).") from None
         named = {entry["id"]: entry for entry in served}
         if self.model not in named:
             raise ValueError(
-                f"`base_url`: the server at {self.url} serves {', '.join(map(repr, named))}, not {self.model!r}."
+                f"`base_url`: the server at {self.name} serves {', '.join(map(repr, named))}, not {self.model!r}."
             )
         self.max_length = named[self.model].get("max_model_len")
+        self.served_from = named[self.model].get("root")  # where vLLM has the weights from
 
     def _call(self, method: str, path: str, **kwargs) -> dict:
-        response = self.session.request(method, f"{self.url}/{path}", timeout=(10, 3600), **kwargs)
+        url = f"{self.url}/{path}"
+        response = self.session.request(method, url, timeout=(10, 3600), allow_redirects=False, **kwargs)
+        if response.is_redirect:
+            target = self.hide(without_credentials(response.headers["location"]))
+            raise ValueError(f"The server at {self.name} redirects to {target}. Set `base_url` to where it is.")
         if not response.ok:
             error = ValueError if response.status_code < 500 else RuntimeError  # of the request, of the server
-            raise error(f"The server at {self.url} answers {response.status_code}: {response.text[:1000]}")
-        return response.json()
+            text = self.hide(response.text)[:1000]
+            raise error(f"The server at {self.name} answers {response.status_code}: {text}")
+        return self.hide.answer(response.json())
 
     def _complete(self, request: Request) -> Completion:
         # Spelled out what a server would else take from the model's generation config.

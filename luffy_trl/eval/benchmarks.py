@@ -42,6 +42,8 @@ class Question:
             Options of multiple choice, in the order in which they are lettered A, B, C and so on.
         instruction (`str`, *optional*, defaults to `""`):
             What the user says below the options.
+        is_chat (`bool`, *optional*, defaults to `True`):
+            Whether it is asked in chat messages. If not, it is the prompt as it stands.
     """
 
     benchmark: str
@@ -51,6 +53,7 @@ class Question:
     system_prompt: str | None = None
     options: tuple[str, ...] = ()
     instruction: str = ""
+    is_chat: bool = True
 
     @property
     def content(self) -> str:
@@ -177,8 +180,10 @@ def load_questions(
             Names of benchmarks: those of `BENCHMARKS`, and further values of `data_source` in the files, which are
             graded as mathematics. Default: all in the files; without files, all of `BENCHMARKS`.
         data_files (`list[str]`, *optional*):
-            Files in the format of the authors: columns `data_source`, `prompt` (messages, perhaps with a system
-            message) and `reward_model` (with `ground_truth`). A row that is repeated counts once.
+            Files with the columns of training data, `prompt` (a user message, perhaps after a system message, or a
+            text) and `answer` or `solution`; or in the format of the authors, with `reward_model` (with
+            `ground_truth`) in place of `answer`. The column `data_source` names the benchmark of a row; without it,
+            that is the file's name. A row that is repeated counts once.
         datasets_dir (`str`, *optional*):
             Folder with downloaded copies of datasets of the Hub, such as `<datasets_dir>/HuggingFaceH4/MATH-500`.
         max_questions (`int`, *optional*):
@@ -245,41 +250,96 @@ def _load_from_hub(name: str, datasets_dir: str | None) -> list[Question]:
 def _load_files(files: list[str]) -> dict[str, list[Question]]:
     names = {benchmark.data_source: name for name, benchmark in BENCHMARKS.items()}
     questions: dict[str, list[Question]] = {}
+    named: dict[str, str] = {}
     seen = set()
     num_rows = 0
     for file in files:
         dataset = load_data(file)
-        missing = {"data_source", "prompt", "reward_model"} - set(dataset.column_names)
-        if missing:
+        columns = set(dataset.column_names)
+        if "prompt" not in columns or not columns & {"answer", "solution", "reward_model"}:
             raise ValueError(
-                f"`data_files`: {file} has no column {', '.join(f'`{name}`' for name in sorted(missing))}. Columns "
-                "are `data_source`, `prompt` (messages) and `reward_model` (with `ground_truth`)."
+                f"`data_files`: {file} has the columns {', '.join(dataset.column_names)}. It needs those of training "
+                "data, `prompt` and `answer`, or the authors' `data_source`, `prompt` and `reward_model` (with "
+                "`ground_truth`)."
             )
+        if "data_source" not in columns:
+            _check_file_name(file, named)
+        number = -1
         for number, row in enumerate(dataset):
             where = f"Row {number} of {file}"
-            messages = row["prompt"]
-            roles = [message["role"] for message in messages] if isinstance(messages, list) else None
-            if roles not in (["user"], ["system", "user"]):
-                raise ValueError(f"{where}: `prompt` must be a user message, perhaps after a system message.")
-            gold = (row["reward_model"] or {}).get("ground_truth")
+            source = row.get("data_source", _stem(file))
+            if not isinstance(source, str) or not source.strip():
+                raise ValueError(f"{where}: `data_source` must be the name of a benchmark, got {source!r}.")
+            system_prompt, text, is_chat = _read_prompt(where, row["prompt"])
+            gold = _read_gold(where, row)
             num_rows += 1
             # The authors' files repeat a question 32 times instead of sampling it 32 times.
-            key = (row["data_source"], (row.get("extra_info") or {}).get("index"), messages[-1]["content"], str(gold))
+            info = row.get("extra_info")
+            key = (source, info.get("index") if isinstance(info, dict) else None, system_prompt, text, str(gold))
             if key in seen:
                 continue
             seen.add(key)
-            source = row["data_source"]
             name = names.get(source, source)
             options: tuple[str, ...] = ()
-            text = messages[-1]["content"]
             if is_multiple_choice(name):
                 text, options, gold = _split_options(where, text, gold)
-            system_prompt = messages[0]["content"] if len(messages) == 2 else None
             found = questions.setdefault(name, [])
-            found.append(_question(where, name, len(found), text, gold, system_prompt, options))
+            found.append(_question(where, name, len(found), text, gold, system_prompt, options, "", is_chat))
+        if number < 0:
+            raise ValueError(f"`data_files`: {file} has no rows.")
     if len(seen) < num_rows:
         logger.warning(f"{num_rows - len(seen)} of {num_rows} rows are repeats and count once; see `num_samples`.")
     return questions
+
+
+def _stem(file: str) -> str:
+    path = Path(file)
+    return path.name if path.is_dir() else path.stem
+
+
+def _check_file_name(file: str, named: dict[str, str]):
+    """A file's name says which benchmark it is, where no column does."""
+    name = _stem(file)
+    if name in BENCHMARKS:
+        raise ValueError(
+            f"`data_files`: {file} is called like a benchmark of the paper, and has no column `data_source` that says "
+            "whether it is. Add the column, or rename the file."
+        )
+    if named.setdefault(name, file) != file:
+        raise ValueError(
+            f"`data_files`: {named[name]} and {file} have the same name, and no column `data_source` that says which "
+            "benchmark is which. Rename one, or add the column."
+        )
+
+
+def _read_prompt(where: str, prompt: Any) -> tuple[str | None, str, bool]:
+    """System message and question, and whether they are chat messages."""
+    if isinstance(prompt, str):
+        return None, prompt, False
+    messages = prompt if isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt) else []
+    if [message.get("role") for message in messages] not in (["user"], ["system", "user"]):
+        raise ValueError(
+            f"{where}: `prompt` must be a user message, perhaps after a system message, or a text. Got "
+            f"{str(prompt)[:100]!r}."
+        )
+    contents = [message.get("content") for message in messages]
+    if not all(isinstance(content, str) for content in contents):
+        raise ValueError(f"{where}: `prompt` has a message whose `content` is no text: {str(prompt)[:100]!r}.")
+    return contents[0] if len(contents) == 2 else None, contents[-1], True
+
+
+def _read_gold(where: str, row: dict[str, Any]) -> Any:
+    if "reward_model" in row:
+        field, value = "reward_model", row["reward_model"]
+        if value is not None and not isinstance(value, dict):
+            raise ValueError(f"{where}: `reward_model` must hold the gold answer as `ground_truth`, got {value!r}.")
+        gold = (value or {}).get("ground_truth")
+    else:
+        field = "answer" if row.get("answer") is not None else "solution"
+        gold = row.get(field)
+    if isinstance(gold, bool) or not isinstance(gold, str | int | float | None):
+        raise ValueError(f"{where}: the gold answer in `{field}` must be one text or number, got {str(gold)[:100]}.")
+    return gold
 
 
 def _question(where, benchmark, index, text, gold, *args) -> Question:

@@ -5,6 +5,7 @@
 import logging
 import re
 
+from ..grading import LOOKS
 from ..rewards import math_verify_reward
 from .benchmarks import Question, is_multiple_choice
 
@@ -14,7 +15,7 @@ logger = logging.getLogger(__name__)
 _WRAPPER = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mathsf|operatorname)\s*\{([^{}]*)\}")
 _MARKUP = re.compile(r"[*_`$]|\\[(),;! ]")
 _OPTION = r"(?:(?:option|choice|letter)\s*:?\s*)?"
-_LETTER = re.compile(_OPTION + r"[(\[{]?(?-i:([A-Z]))(?![A-Za-z'’])", re.IGNORECASE)
+_LETTER = re.compile(_OPTION + r"[(\[{]*(?-i:([A-Z]))(?![A-Za-z'’])", re.IGNORECASE)
 _STATEMENT = re.compile(
     r"\b(?:answer|(?:correct|right|best)\s+(?:option|choice|letter))\s*"
     r"(?::|(?:is|would\s+be|must\s+be|should\s+be)\b)\s*(?:(?:therefore|thus|hence)\b,?)?\s*:?\s*(?:the\s+)?",
@@ -24,7 +25,7 @@ _STATEMENT = re.compile(
 _ANOTHER = re.compile(
     r"[)\]}.]*\s*(?:(?:,|/|;|&|\bor\b|\band\b)\s*)+"
     + _OPTION
-    + r"[(\[{]?(?-i:([B-HJ-Z]|[AI](?!\s+[a-z])))(?![A-Za-z'’])",
+    + r"[(\[{]*(?-i:([B-HJ-Z]|[AI](?!\s+[a-z])))(?![A-Za-z'’])",
     re.IGNORECASE,
 )
 
@@ -61,15 +62,16 @@ def extract_choice(text: str) -> str | None:
 
 
 def _plain(text: str) -> str:
+    text = LOOKS.sub("", text)
     while (unwrapped := _WRAPPER.sub(r"\1", text)) != text:
         text = unwrapped
     return _MARKUP.sub("", text).strip()
 
 
 def _boxed(text: str) -> list[str]:
-    r"""The contents of each `\boxed{}`, which may have braces."""
+    r"""The contents of each `\boxed{}` and `\fbox{}`, which may have braces."""
     contents = []
-    for match in re.finditer(r"\\boxed\s*\{", text):
+    for match in re.finditer(r"\\(?:boxed|fbox)\s*\{", text):
         depth, end = 1, match.end()
         while end < len(text) and depth:
             depth += (text[end] == "{") - (text[end] == "}")

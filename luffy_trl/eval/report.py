@@ -111,6 +111,11 @@ def _title(benchmark: str) -> str:
     return BENCHMARKS[benchmark].title if benchmark in BENCHMARKS else benchmark
 
 
+def without_mathtext(text: str) -> str:
+    """A name from the data as matplotlib shall write it, which reads what stands between dollar signs."""
+    return text.replace("$", r"\$")
+
+
 def to_markdown(summary: dict[str, dict]) -> str:
     """
     A table with a row for each benchmark and a group of columns for each model.
@@ -145,7 +150,8 @@ def to_markdown(summary: dict[str, dict]) -> str:
             line += [f"**{_percent(entry['score'])}**", " to ".join(map(_percent, entry["interval"]))]
             line += [""] * (len(columns) - 2)
         lines.append(line)
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+    cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in lines]
+    return "".join("| " + " | ".join(line) + " |\n" for line in cells)
 
 
 def _percent(value: float) -> str:
@@ -174,8 +180,9 @@ def plot_scores(summary: dict[str, dict], path: str | Path):
         positions = np.arange(len(benchmarks)) + (number - (len(summary) - 1) / 2) * width
         # the interval of percentiles need not hold the score itself, and a bar of errors has no negative length
         errors = np.maximum([scores - bounds[:, 0], bounds[:, 1] - scores], 0)
-        axes.bar(positions, scores, width, yerr=errors, capsize=3, label=model)
-    axes.set_xticks(range(len(benchmarks)), [_title(name) for name in benchmarks], rotation=30, ha="right")
+        axes.bar(positions, scores, width, yerr=errors, capsize=3, label=without_mathtext(model))
+    titles = [without_mathtext(_title(name)) for name in benchmarks]
+    axes.set_xticks(range(len(benchmarks)), titles, rotation=30, ha="right")
     axes.set_ylim(bottom=0)
     axes.set_ylabel("score (%), 95% interval")
     figure.legend(loc="outside lower center")
@@ -206,9 +213,10 @@ def plot_pass_at_k(summary: dict[str, dict], path: str | Path) -> bool:
     for axes, name in zip(panels[0], benchmarks, strict=True):
         for model, entry in summary.items():
             curve = entry["benchmarks"][name]["pass_at_k"]
-            axes.plot([int(k) for k in curve], [100 * value for value in curve.values()], marker="o", label=model)
+            values = [100 * value for value in curve.values()]
+            axes.plot([int(k) for k in curve], values, marker="o", label=without_mathtext(model))
         axes.set_xscale("log", base=2)
-        axes.set_title(_title(name))
+        axes.set_title(without_mathtext(_title(name)))
         axes.set_xlabel("k")
     panels[0][0].set_ylabel("pass@k (%)")
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center")

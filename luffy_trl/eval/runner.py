@@ -3,10 +3,12 @@
 """The evaluation as a whole: arguments, resuming, and what is written."""
 
 import gc
+import hashlib
 import importlib.util
 import json
 import logging
 import os
+import re
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -16,14 +18,15 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 from transformers.utils import is_peft_available
-from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..demonstrations import find_eos_token_ids, load_generation_config
+from ..errors import loading_model
 from .backends import Request, Sampling, ServerBackend, TransformersBackend, VLLMBackend, sample_seed
 from .benchmarks import BENCHMARKS, Question, load_questions
 from .grading import grade
+from .identity import IDENTITY, base_of, identify
 from .report import plot_pass_at_k, plot_scores, summarize, to_markdown
-from .templates import TEMPLATES, render_prompt
+from .templates import TEMPLATES, render_question
 
 
 logger = logging.getLogger(__name__)
@@ -67,7 +70,8 @@ class EvaluationArguments:
             `aime24`, `aime25`, `amc`, `math500`, `minerva`, `olympiadbench`, `arc_c`, `gpqa_diamond`, `mmlu_pro`, or
             another `data_source` of your files. Default: all in `data_files`; without files, these nine.
         data_files (`list[str]`, *optional*):
-            Files in the authors' format, each with one or more benchmarks. What they do not have comes from the Hub.
+            Files with questions of your own or in the authors' format, each with one or more benchmarks. What they do
+            not have comes from the Hub.
         datasets_dir (`str`, *optional*):
             Folder with downloaded copies of the Hub's datasets, `<datasets_dir>/<dataset id>`.
         backend (`str`, *optional*, defaults to `"vllm"`):
@@ -124,7 +128,8 @@ class EvaluationArguments:
         metadata={"help": f"{', '.join(BENCHMARKS)}, or another data_source of the files. Default: all."},
     )
     data_files: list[str] | None = field(
-        default=None, metadata={"help": "Files in the authors' format. What they do not have comes from the Hub."}
+        default=None,
+        metadata={"help": "Files with prompt and answer, or in the authors' format. The rest comes from the Hub."},
     )
     datasets_dir: str | None = field(
         default=None, metadata={"help": "Folder with downloaded copies of the Hub's datasets, by dataset id."}
@@ -209,6 +214,17 @@ class EvaluationArguments:
         return "server" if self.base_url else self.backend
 
 
+def file_name(name: str) -> str:
+    """
+    A file's name for a name from the data, which may be any text. Plain names stay as they are; of others a hash is a
+    part, so that no two of them share a file, on a file system without upper case either.
+    """
+    plain = re.sub("[^a-z0-9._-]+", "_", name.lower()).strip("._")[:80]
+    if plain and plain == name and not re.search("-[0-9a-f]{16}$", name):
+        return name
+    return f"{plain}-{hashlib.blake2b(name.encode(errors='surrogatepass'), digest_size=8).hexdigest()}"
+
+
 class Store:
     """
     What was generated for a benchmark: a JSON line for each question, beside a file with the settings.
@@ -230,7 +246,15 @@ class Store:
         if settings_path.exists():
             stored = json.loads(settings_path.read_text())
             for name in {**stored, **settings}:
-                if stored.get(name) != settings.get(name):
+                if stored.get(name) == settings.get(name):
+                    continue
+                if name in IDENTITY:
+                    raise ValueError(
+                        f"The {IDENTITY[name]} of {settings['model_name_or_path']!r} now ({settings[name]}) and when "
+                        f"{path} was generated ({stored.get(name, 'not stored')}) differ. Use another `output_dir`, "
+                        f"or delete {path.parent}."
+                    )
+                if name != "served_from" or None not in (stored.get(name), settings.get(name)):
                     raise ValueError(
                         f"`{name}` is {settings.get(name)!r}, and {path} was generated with {stored.get(name)!r}. Go "
                         "on with the same settings, or use another `output_dir`."
@@ -272,8 +296,8 @@ class Store:
             temporary = settings_path.with_suffix(".tmp")
             temporary.write_text(json.dumps(self.settings, indent=2) + "\n")
             temporary.replace(settings_path)
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        with self.path.open("ab", buffering=0) as file:  # in one go: another evaluation may write, too
+            file.write(json.dumps(row).encode() + b"\n")
         self.rows[row["question"]] = row
 
 
@@ -288,8 +312,12 @@ class _Run:
         self.model = args.model_name_or_path[number]
         self.template = pick(args.template)
         self.base_url = pick(args.base_url) if args.base_url else None
-        folder = "__".join(part for part in Path(self.model).parts if part not in (os.sep, "."))
-        self.folder = Path(args.output_dir) / self._with_template(folder)
+        path = Path(self.model)
+        self.name, folder = path.name, "__".join(part for part in path.parts if part not in (os.sep, "."))
+        if not path.name.strip("."):  # `.`, or `checkpoints/..`
+            self.name = folder = path.resolve().name
+        folder = self._with_template(folder)
+        self.folder = Path(args.output_dir) / (folder if 0 < len(os.fsencode(folder)) <= 200 else file_name(folder))
         self.stores: dict[str, Store] = {}
         self.prompts: dict[int, str] = {}
         self.requests: list[Request] = []
@@ -298,33 +326,47 @@ class _Run:
         return name if self.template == "own" else f"{name}-{self.template}"
 
     def label(self, short: bool) -> str:
-        return self._with_template(Path(self.model).name if short else self.model)
+        return self._with_template(self.name if short else self.model)
 
     def prepare(self, questions: list[Question]):
         """Renders the prompts, reads what is stored, and lists what is left to generate."""
         args = self.args
         remote = {"trust_remote_code": args.trust_remote_code}
-        self.tokenizer = AutoTokenizer.from_pretrained(self.model, **remote)
+        with loading_model(self.model):
+            self.tokenizer = AutoTokenizer.from_pretrained(self.model, **remote)
         eos_token_ids = find_eos_token_ids(self.tokenizer, load_generation_config(self._base_model(), **remote))
         self.sampling = Sampling(args.temperature, args.top_p, tuple(eos_token_ids))
+        self.identity = identify(self.model, self.tokenizer, eos_token_ids, self.template == "own")
+        self._find_server()
         for number, question in enumerate(questions):
             name = question.benchmark
             if name not in self.stores:
-                self.stores[name] = Store(self.folder / f"{name}.jsonl", self._settings(name))
-            system_prompt = question.system_prompt if args.system_prompt is None else args.system_prompt
-            prompt, ids = render_prompt(self.tokenizer, question.content, self.template, system_prompt)
+                self.stores[name] = Store(self.folder / f"{file_name(name)}.jsonl", self._settings(name))
+            prompt, ids = render_question(self.tokenizer, question, self.template, args.system_prompt)
             if not self.stores[name].has(question, prompt):
                 self.prompts[number] = prompt
                 for sample in range(self.stores[name].settings["num_samples"]):
                     seed = sample_seed(args.seed, name, question.index, sample)
                     self.requests.append(Request(number, sample, ids, seed, args.max_tokens))
+        if self.no_server is not None:
+            if self.requests:
+                raise self.no_server
+            logger.warning(f"What there is of {self.model!r} was generated before. {self.no_server}")
+
+    def _find_server(self):
+        """Asks the server what it has. Where everything is done, it need not be there."""
+        self.server, self.no_server = None, None
+        if self.args.engine == "server":
+            try:
+                self.server = ServerBackend(self.model, self.sampling, self.base_url, self.args.num_concurrent)
+            except ValueError as error:
+                self.no_server = error
 
     def _base_model(self) -> str:
         """The model itself, or the one that it is an adapter of: an adapter has no configuration of its own."""
-        path = find_adapter_config_file(self.model)
-        if path is None:
+        base_model = base_of(self.model)
+        if base_model == self.model:
             return self.model
-        base_model = json.loads(Path(path).read_text())["base_model_name_or_path"]
         if self.args.engine == "vllm":
             raise ValueError(
                 f"{self.model!r} is a LoRA adapter of {base_model!r}. Evaluate it with `--backend transformers`, or "
@@ -341,7 +383,10 @@ class _Run:
             several = benchmark in BENCHMARKS and args.temperature > 0
             num_samples = BENCHMARKS[benchmark].num_samples if several else 1
         settings = {"model_name_or_path": self.model, "template": self.template, "num_samples": num_samples}
+        settings |= {name: value for name, value in self.identity.items() if name != "chat_template"}
         settings["backend"] = args.engine
+        if args.engine == "server":
+            settings["served_from"] = self.server and self.server.served_from
         settings["system_prompt"] = args.system_prompt if self.template == "own" else None
         for name in _SETTINGS:
             if args.engine in _READ_BY.get(name, (args.engine,)):
@@ -388,7 +433,7 @@ class _Run:
     def _backend(self):
         args = self.args
         if args.engine == "server":
-            return ServerBackend(self.model, self.sampling, self.base_url, args.num_concurrent)
+            return self.server
         vllm_kwargs: Any = args.vllm_kwargs or {}  # parsed by now
         options: dict[str, Any] = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
         if args.engine == "transformers":
@@ -435,7 +480,8 @@ def evaluate(args: EvaluationArguments) -> dict[str, dict]:
             What to evaluate, and how.
 
     Returns:
-        `dict[str, dict]`: For each model what [`~luffy_trl.eval.summarize`] returns.
+        `dict[str, dict]`: For each model what [`~luffy_trl.eval.summarize`] returns, and `model`, which tells its
+        weights from others.
 
     Raises:
         ValueError: If an argument, a row of the data or a file of an earlier evaluation cannot be used.
@@ -460,7 +506,7 @@ def evaluate(args: EvaluationArguments) -> dict[str, dict]:
         rows = defaultdict(list)
         for question in questions:
             rows[question.benchmark].append(run.stores[question.benchmark].rows[question.index])
-        summary[label] = summarize(rows, args.num_resamples, args.seed)
+        summary[label] = {**summarize(rows, args.num_resamples, args.seed), "model": run.identity}
     output_dir = Path(args.output_dir)
     (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     (output_dir / "table.md").write_text(to_markdown(summary))

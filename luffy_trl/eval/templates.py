@@ -8,6 +8,7 @@ authors' evaluation script.
 from transformers import PreTrainedTokenizerBase
 
 from ..chat_templates import PRIME_SYSTEM_PROMPT, REASON
+from .benchmarks import Question
 
 
 _QWEN = f"<|im_start|>system\n{REASON}<|im_end|>\n<|im_start|>user\n%s<|im_end|>\n<|im_start|>assistant\n"
@@ -18,6 +19,25 @@ _SIMPLERL = (
 _PRIME = PRIME_SYSTEM_PROMPT + ("User: %s\n\nPresent the answer in LaTex format: \\boxed{Your answer}. Assistant:")
 _FORMATS = {"qwen": _QWEN, "simplerl": _SIMPLERL, "prime": _PRIME, "none": "%s"}
 TEMPLATES = ("own", *_FORMATS)
+
+
+def render_question(
+    tokenizer: PreTrainedTokenizerBase, question: Question, template: str = "own", system_prompt: str | None = None
+) -> tuple[str, list[int]]:
+    """
+    Renders a question as training renders its prompt, or as another model was trained; see [`render_prompt`]. With
+    `"own"`, a question that is no chat message is the prompt as it stands. `system_prompt` replaces that of the data.
+    """
+    if system_prompt is None:
+        system_prompt = question.system_prompt
+    if template == "own" and not question.is_chat:
+        if system_prompt:
+            raise ValueError(
+                f"`system_prompt` needs chat messages, and question {question.index} of {question.benchmark} is a "
+                "text. Leave it out, or put the messages into `prompt`."
+            )
+        template = "none"
+    return render_prompt(tokenizer, question.content, template, system_prompt)
 
 
 def render_prompt(

@@ -13,6 +13,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 from trl import TrlParser
 
+from ..errors import in_one_line
 from .results import EVALUATION_DIR, add_evaluation
 
 
@@ -56,4 +57,5 @@ def main(args: CardArguments):
 
 
 if __name__ == "__main__":
-    main(*TrlParser(CardArguments, prog="python -m luffy_trl.model_card").parse_args_and_config())
+    with in_one_line():
+        main(*TrlParser(CardArguments, prog="python -m luffy_trl.model_card").parse_args_and_config())

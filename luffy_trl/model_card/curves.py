@@ -5,6 +5,8 @@
 from pathlib import Path
 from typing import Any
 
+from ..eval.report import without_mathtext
+
 
 # Panels of a picture: a title, and the metrics in it with their labels.
 _PICTURES = {
@@ -68,7 +70,8 @@ def draw_curves(log_history: list[dict], folder: Path, titles: dict[str, str]) -
         all_axes: Any = figure.subplots(num_rows, num_columns, squeeze=False).flat
         for axes, (title, curves) in zip(all_axes, drawn, strict=False):
             for label, points in curves.items():
-                axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 40 else None)
+                marker = "." if len(points) < 40 else None
+                axes.plot(*zip(*points, strict=True), label=without_mathtext(label), marker=marker)
             axes.set_title(title, fontsize="medium")
             axes.set_xlabel("update")
             axes.xaxis.get_major_locator().set_params(integer=True)

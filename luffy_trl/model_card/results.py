@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from huggingface_hub import EvalResult, ModelCard
+from transformers import AutoTokenizer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..callbacks import EvaluationCallback
+from ..demonstrations import find_eos_token_ids, load_generation_config
 from ..eval.benchmarks import BENCHMARKS
+from ..eval.identity import IDENTITY, base_of, identify
 from ..eval.report import to_markdown
 from ..eval.templates import TEMPLATES
 
@@ -82,22 +85,18 @@ def add_evaluation(card: ModelCard, folder: Path, evaluation_dir: Path, names: S
     Raises:
         ValueError: If the evaluation is not of this model, or older than its weights, or the card is another's.
     """
+    if not _SECTION.search(card.text):
+        raise ValueError(f"{folder / 'README.md'} is not a card of `LuffyTrainer.create_model_card`.")
     path = evaluation_dir / "summary.json"
     summary = json.loads(path.read_text())
-    templates = [f"-{template}" for template in TEMPLATES]
-    labels = [label for label in summary if any(label in (name, *(name + t for t in templates)) for name in names)]
-    if not labels:
-        raise ValueError(
-            f"{path} has results of {', '.join(summary)}, and none of a model called {' or '.join(names)}. Evaluate "
-            "the model from the folder that it was saved in."
-        )
+    label = _find_label(summary, folder, names, path)  # removes what is of other weights
     states = [*folder.glob("trainer_state.json"), *folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json")]
     newest = max(states, key=lambda file: file.stat().st_mtime, default=None)
     if newest is not None and newest.stat().st_mtime > path.stat().st_mtime:
         raise ValueError(
             f"{path} is older than {newest}: the model was trained after it was evaluated. Evaluate it again."
         )
-    benchmarks = summary[labels[0]]["benchmarks"]
+    benchmarks = summary[label]["benchmarks"]
     results = {benchmark_title(name): _summarized(name, entry) for name, entry in benchmarks.items()}
     kept = [result for result in card.data.eval_results or [] if result.dataset_name not in results]
     card.data.eval_results = [*results.values(), *kept]
@@ -105,9 +104,41 @@ def add_evaluation(card: ModelCard, folder: Path, evaluation_dir: Path, names: S
         "<!-- evaluation -->\n## Evaluation\n\nBy `python -m luffy_trl.eval`; scores in percent.\n\n"
         f"{to_markdown(summary)}\n<!-- /evaluation -->"
     )
-    if not _SECTION.search(card.text):
-        raise ValueError(f"{folder / 'README.md'} is not a card of `LuffyTrainer.create_model_card`.")
     card.text = _SECTION.sub(lambda _: section, card.text)
+
+
+def _find_label(summary: dict[str, dict], folder: Path, names: Sequence[str], path: Path) -> str:
+    """How a summary calls the model of a folder. What has its name, but not its weights, is removed from it."""
+    templates = [f"-{template}" for template in TEMPLATES]
+    named = [label for label in summary if any(label in (name, *(name + t for t in templates)) for name in names)]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        eos_token_ids = find_eos_token_ids(tokenizer, load_generation_config(base_of(str(folder))))
+        identity = identify(str(folder), tokenizer, eos_token_ids)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder} has no model with a tokenizer, which {path} could be of. Save it there: `trainer.save_model()`."
+        ) from error
+    differing: dict[str, list[str]] = {}
+    for label, entry in summary.items():
+        stored = entry.get("model", {})
+        counted = [name for name in IDENTITY if name in stored or name != "chat_template"]
+        differing[label] = [IDENTITY[name] for name in counted if stored.get(name) != identity[name]]
+    for label in named or summary:
+        if not differing[label]:
+            for other in named:
+                if differing[other]:
+                    del summary[other]
+            return label
+    if not named:
+        raise ValueError(
+            f"{path} has results of {', '.join(summary)}, and none of a model called {' or '.join(names)}. Evaluate "
+            "the model from the folder that it was saved in."
+        )
+    raise ValueError(
+        f"{path} has results of {named[0]!r}, and not of what is in {folder} now: the {differing[named[0]][0]} "
+        "differ. Evaluate it again, with another `output_dir`."
+    )
 
 
 def _summarized(name: str, entry: dict) -> EvalResult:

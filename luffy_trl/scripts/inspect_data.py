@@ -27,6 +27,7 @@ from ..checks import reward_name
 from ..cli import PACKAGE
 from ..data import load_data
 from ..demonstrations import find_eos_token_ids, load_generation_config
+from ..errors import in_one_line, loading_model
 from ..estimates import model_from_config, training_memory
 from ..inspection import Findings, Trace, inspect_dataset, sources_of_prompt
 from ..luffy_config import LuffyConfig
@@ -370,7 +371,8 @@ def main(args: list[str] | None = None) -> int:
         raise ValueError(f"{missing} is required: `luffy inspect my_data.jsonl --model Qwen/Qwen2.5-Math-1.5B`.")
     reward_funcs = get_reward_funcs(script_args)
     options = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, **options)
+    with loading_model(model_args.model_name_or_path):
+        tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, **options)
     eos_token_ids = find_eos_token_ids(tokenizer, load_generation_config(model_args.model_name_or_path, **options))
     dataset = load_data(
         script_args.dataset_name,
@@ -399,4 +401,5 @@ def main(args: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with in_one_line():
+        sys.exit(main())

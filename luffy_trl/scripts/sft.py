@@ -24,6 +24,7 @@ from trl import (
     get_quantization_config,
 )
 
+from ..checks import check_machine, check_model
 from ..data import load_data, without_long_prompts
 from ..demonstrations import (
     find_eos_token_ids,
@@ -31,8 +32,9 @@ from ..demonstrations import (
     to_supervised,
     tokenize_demonstrations,
 )
-from ..luffy_config import own_fields
-from ..processes import check_output_dir, errors_in_one_line, start_script
+from ..errors import in_one_line, loading_model
+from ..luffy_config import explained_arguments, own_fields
+from ..processes import check_output_dir, start_script
 
 
 @dataclass
@@ -87,7 +89,8 @@ class TraceSFTConfig(SFTConfig):
     )
 
     def __post_init__(self):
-        super().__post_init__()
+        with explained_arguments(self):
+            super().__post_init__()
         if self.max_length is not None:
             raise ValueError(
                 f"`max_length={self.max_length}` would cut traces before their end. Set `max_prompt_length` and "
@@ -99,12 +102,15 @@ def main(script_args: SFTScriptArguments, training_args: TraceSFTConfig, model_a
     """Trains a model on the traces."""
     if script_args.dataset_name is None:
         raise ValueError("`dataset_name` is required: a dataset on the Hub, a local folder or a file.")
+    check_model(model_args)
+    check_machine(training_args)
     check_output_dir(training_args, script_args.overwrite_output_dir)
     load_options = {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
     }
-    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, **load_options)
+    with loading_model(model_args.model_name_or_path):
+        tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, **load_options)
     eos_token_ids = find_eos_token_ids(
         tokenizer, load_generation_config(model_args.model_name_or_path, **load_options)
     )
@@ -167,7 +173,7 @@ OWN_OPTIONS = {
 def run(args: list[str] | None = None, prog: str = "luffy sft"):
     """The command, in a process of its own or in that of `luffy`."""
     start_script()
-    with errors_in_one_line():
+    with in_one_line():
         main(*make_parser(prog=prog).parse_args_and_config(args))
 
 

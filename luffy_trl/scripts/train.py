@@ -19,17 +19,17 @@ from types import ModuleType
 
 from accelerate.logging import get_logger
 from transformers import AutoTokenizer
-from transformers.utils import is_peft_available
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 from trl.rewards import accuracy_reward, reasoning_accuracy_reward, think_format_reward
 
-from ..checks import check_machine, check_reward_columns, check_vllm_server, without_options
+from ..checks import check_machine, check_model, check_reward_columns, check_vllm_server, without_options
 from ..data import load_data, without_long_prompts
 from ..demonstrations import find_eos_token_ids, load_generation_config
+from ..errors import in_one_line, loading_model
 from ..inspection import inspect_dataset
 from ..luffy_config import LuffyConfig, own_fields
 from ..luffy_trainer import LuffyTrainer
-from ..processes import check_output_dir, errors_in_one_line, start_script
+from ..processes import check_output_dir, start_script
 from ..rewards import math_verify_reward
 
 
@@ -177,13 +177,10 @@ def main(script_args: LuffyScriptArguments, training_args: LuffyConfig, model_ar
     """Trains a model."""
     if script_args.dataset_name is None:
         raise ValueError("`dataset_name` is required: a dataset on the Hub, a local folder or a file.")
-    if model_args.model_name_or_path is None:
-        raise ValueError("`model_name_or_path` is required: a model on the Hub, or a local folder.")
+    check_model(model_args)
     reward_funcs = get_reward_funcs(script_args)
     check_machine(training_args)
     check_output_dir(training_args, script_args.overwrite_output_dir)
-    if model_args.use_peft and not is_peft_available():
-        raise ValueError("`use_peft=True` needs PEFT, which is not installed here: `pip install luffy-trl[peft]`.")
     if training_args.process_index == 0:
         check_vllm_server(training_args)
     training_args.model_init_kwargs = {
@@ -192,13 +189,14 @@ def main(script_args: LuffyScriptArguments, training_args: LuffyConfig, model_ar
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    tokenizer = AutoTokenizer.from_pretrained(
-        model_args.model_name_or_path,
-        revision=model_args.model_revision,
-        trust_remote_code=training_args.trust_remote_code,
-        truncation_side="left",
-        padding_side="left",
-    )
+    with loading_model(model_args.model_name_or_path):
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_args.model_name_or_path,
+            revision=model_args.model_revision,
+            trust_remote_code=training_args.trust_remote_code,
+            truncation_side="left",
+            padding_side="left",
+        )
 
     def load(name, split):
         dataset = load_data(name, split, script_args.dataset_config, script_args.dataset_streaming)
@@ -267,7 +265,7 @@ OWN_OPTIONS = {
 def run(args: list[str] | None = None, prog: str = "luffy train"):
     """The command, in a process of its own or in that of `luffy`."""
     start_script()
-    with errors_in_one_line():
+    with in_one_line():
         main(*make_parser(prog=prog).parse_args_and_config(args))
 
 

@@ -1,0 +1,44 @@
+# Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
+
+"""How a mistake is told: in one line, which says what to do."""
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+_PACKAGE = Path(__file__).parent
+_PARSERS = ("parse_args_and_config", "parse_args_into_dataclasses")
+
+
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    """
+    Ends a command with one line where it refuses what it was given: by a `raise` of this package, or while it reads
+    its arguments. What nobody has foreseen keeps its traceback.
+    """
+    try:
+        yield
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        is_ours = Path(frames[-1].filename).is_relative_to(_PACKAGE) and (frames[-1].line or "").startswith("raise ")
+        is_refused = isinstance(error, ValueError | ImportError) and is_ours
+        if not is_refused and not any(frame.name in _PARSERS for frame in frames):
+            raise
+        raise SystemExit(f"{type(error).__name__}: {error}") from None
+
+
+@contextmanager
+def loading_model(name: str, option: str = "model_name_or_path") -> Iterator[None]:
+    """Says which model cannot be loaded, where `transformers` guesses in many lines what a name may have meant."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        what = (
+            "is a folder without a model that can be loaded"
+            if Path(name).is_dir()
+            else ("is no folder here, and no model on the Hub that can be loaded")
+        )
+        reason = " ".join(str(error).split())[:500]
+        raise ValueError(f"`{option}`: {name!r} {what}. {type(error).__name__}: {reason}") from error
