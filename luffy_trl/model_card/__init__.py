@@ -5,7 +5,6 @@
 import importlib.util
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from accelerate.logging import get_logger
 from datasets import Dataset
@@ -13,6 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import is_wandb_available
+from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.trainer.utils import get_comet_experiment_url, get_config_model_id, get_trackio_space_url
 
@@ -22,16 +22,13 @@ from .recipe import changed_settings, describe_adapter, describe_precision
 from .results import EVALUATION_DIR, add_evaluation, benchmark_title, results_in_training
 
 
-if TYPE_CHECKING:
-    from ..luffy_trainer import LuffyTrainer
-
 __all__ = ["EVALUATION_DIR", "add_evaluation", "save_model_card"]
 
 logger = get_logger(__name__)
 
 
 def save_model_card(
-    trainer: "LuffyTrainer",
+    trainer: GRPOTrainer,
     model_name: str | None = None,
     dataset_name: str | None = None,
     tags: str | list[str] | None = None,
@@ -41,7 +38,7 @@ def save_model_card(
     curves beside it. In training, a card that is being pushed is left as it is.
 
     Args:
-        trainer ([`LuffyTrainer`]):
+        trainer ([`~trl.GRPOTrainer`]):
             The trainer.
         model_name (`str`, *optional*):
             Name of the model; the output folder's name if not given.
@@ -118,7 +115,7 @@ def _is_on_hub(name: str | None) -> bool:
     return True
 
 
-def _first_message(trainer: "LuffyTrainer") -> str | None:
+def _first_message(trainer: GRPOTrainer) -> str | None:
     """The role of the first message of training prompts; `None` if prompts are text."""
     dataset = trainer.train_dataset
     if not isinstance(dataset, Dataset) or len(dataset) == 0:  # nothing is fetched for this
@@ -128,7 +125,7 @@ def _first_message(trainer: "LuffyTrainer") -> str | None:
     return row["prompt"][0]["role"] if is_conversational(row) else None
 
 
-def _draw(trainer: "LuffyTrainer", folder: Path) -> dict[str, str]:
+def _draw(trainer: GRPOTrainer, folder: Path) -> dict[str, str]:
     if importlib.util.find_spec("matplotlib") is None:
         logger.warning_once(
             "The model card has no curves: matplotlib is not installed (`pip install luffy-trl[eval]`)."

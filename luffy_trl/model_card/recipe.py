@@ -4,14 +4,12 @@
 
 from dataclasses import MISSING, fields
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate.utils import is_peft_model
 from transformers import TrainingArguments
+from trl import GRPOTrainer
 
-
-if TYPE_CHECKING:
-    from ..luffy_trainer import LuffyTrainer
 
 # Of the arguments of every trainer, those that belong to a recipe. The others are about the machine, the log, the Hub.
 _TRAINING_ARGUMENTS = {
@@ -124,12 +122,12 @@ def describe_adapter(model) -> str | None:
     return ", ".join(words)
 
 
-def describe_precision(trainer: "LuffyTrainer") -> str:
+def describe_precision(trainer: GRPOTrainer) -> str:
     """
     Precision of the weights that are trained, and of the computation.
 
     Args:
-        trainer ([`LuffyTrainer`]):
+        trainer ([`~trl.GRPOTrainer`]):
             The trainer.
 
     Returns:

@@ -6,11 +6,11 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from huggingface_hub import EvalResult, ModelCard
 from transformers import AutoTokenizer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOTrainer
 
 from ..callbacks import EvaluationCallback
 from ..demonstrations import find_eos_token_ids, load_generation_config
@@ -19,9 +19,6 @@ from ..eval.identity import IDENTITY, base_of, identify
 from ..eval.report import to_markdown
 from ..eval.templates import TEMPLATES
 
-
-if TYPE_CHECKING:
-    from ..luffy_trainer import LuffyTrainer
 
 # Where a card looks for the results of `luffy_trl.eval`. Trainers do not push what begins with an underscore, so the
 # questions of benchmarks, some of them gated, stay here.
@@ -35,12 +32,12 @@ def benchmark_title(name: str) -> str:
     return BENCHMARKS[name].title if name in BENCHMARKS else name
 
 
-def results_in_training(trainer: "LuffyTrainer") -> tuple[list[EvalResult], list[tuple[str, str, str]]]:
+def results_in_training(trainer: GRPOTrainer) -> tuple[list[EvalResult], list[tuple[str, str, str]]]:
     """
     What [`~luffy_trl.callbacks.EvaluationCallback`] has logged.
 
     Args:
-        trainer ([`LuffyTrainer`]):
+        trainer ([`~trl.GRPOTrainer`]):
             The trainer.
 
     Returns:
@@ -74,7 +71,7 @@ def add_evaluation(card: ModelCard, folder: Path, evaluation_dir: Path, names: S
 
     Args:
         card ([`~huggingface_hub.ModelCard`]):
-            The card of a [`LuffyTrainer`].
+            The card of a [`~trl.GRPOTrainer`].
         folder (`Path`):
             The model's folder.
         evaluation_dir (`Path`):

@@ -1,0 +1,97 @@
+# Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
+
+"""What GRPOTrainer lacks, on GRPOTrainer itself: no demonstrations, no `LuffyConfig`."""
+
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer
+
+from luffy_trl.groups import Demonstration
+from luffy_trl.mixins.model_cards import CardTrainer
+from luffy_trl.mixins.resuming import ResumingTrainer
+from luffy_trl.mixins.safety import SafeTrainer
+from luffy_trl.mixins.sampling import UnevenSamplingTrainer
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory):
+    return tiny.save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def make_trainer(cls, model_path, output_dir, **options):
+    args = tiny.make_args(output_dir, GRPOConfig, beta=0.1, **options)
+    rows = Dataset.from_list([{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(8)])
+    return cls(model_path, tiny.share_of_digits, args, rows)
+
+
+def weights_after(trainer, resume=None):
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer.model.state_dict()
+
+
+def assert_equal(weights, expected):
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in weights.items())
+
+
+@pytest.mark.parametrize("cls", [ResumingTrainer, UnevenSamplingTrainer, SafeTrainer, CardTrainer])
+def test_a_mixin_alone_is_grpo_to_the_bit(model_path, tmp_path, cls):
+    options = {"max_steps": 3, "steps_per_generation": 2, "gradient_accumulation_steps": 1}
+    expected = weights_after(make_trainer(GRPOTrainer, model_path, tmp_path / "stock", **options))
+    assert_equal(weights_after(make_trainer(cls, model_path, tmp_path / "own", **options)), expected)
+
+
+def test_resuming_within_a_generation_batch(model_path, tmp_path):
+    """The checkpoint lies after the first of two updates on one generation batch, in the second epoch."""
+    options = {"steps_per_generation": 2, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 8}
+    options |= {"save_strategy": "steps", "save_steps": 1, "max_steps": 7}
+
+    def history(trainer):
+        kept = ("loss", "reward", "kl", "learning_rate", "grad_norm", "epoch")
+        return [{key: log.get(key) for key in kept} for log in trainer.state.log_history if "loss" in log]
+
+    trainer = make_trainer(ResumingTrainer, model_path, tmp_path / "out", **options)
+    expected = weights_after(trainer)
+    resumed = make_trainer(ResumingTrainer, model_path, tmp_path / "other", **options)
+    generated = tiny.count_generated_rows(resumed.model)
+    weights = weights_after(resumed, str(tmp_path / "out" / "checkpoint-5"))
+    assert_equal(weights, expected)
+    assert history(resumed) == history(trainer) and generated == [16]  # for the seventh update only
+
+
+def test_completions_begin_with_what_is_given(model_path, tmp_path):
+    class Giving(UnevenSamplingTrainer):
+        def given(self):
+            complete, prefix = Demonstration([10, 11, 1]), Demonstration([12, 13], is_complete=False)
+            return [complete, prefix, None, None]
+
+    trainer = make_trainer(Giving, model_path, tmp_path)
+    generated, completions = tiny.count_generated_rows(trainer.model), []
+    generate = trainer._generate_single_turn
+    trainer._generate_single_turn = lambda *args: completions.append(generate(*args)) or completions[-1]
+    trainer.train()
+    ids, _ = completions[0]
+    assert generated == [3]
+    assert ids[0] == [10, 11, 1] and ids[1][:2] == [12, 13] and 2 < len(ids[1]) <= 16
+    assert ids[2][:2] != [12, 13] and len(ids[2]) > 0
+
+
+def test_a_number_that_is_not_finite(model_path, tmp_path):
+    trainer = make_trainer(SafeTrainer, model_path, tmp_path)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    compute_loss = trainer._compute_loss
+    trainer._compute_loss = lambda model, inputs: compute_loss(model, inputs) * torch.inf
+    with pytest.raises(FloatingPointError, match="The gradient of update 1 is nan"):
+        trainer.train()
+    assert_equal(trainer.model.state_dict(), before)
+
+
+def test_a_card(model_path, tmp_path):
+    trainer = make_trainer(CardTrainer, model_path, tmp_path / "stock")
+    trainer.train()
+    trainer.create_model_card(model_name="mine", tags="extra")
+    card = (tmp_path / "stock" / "README.md").read_text()
+    assert "share_of_digits" in card and "GRPO" in card and "- extra" in card
+    assert "policy shaping" not in card and "LUFFY" not in card
