@@ -80,12 +80,12 @@ def check_arguments(args: LuffyConfig, reward_funcs: Any, train_dataset: Any, un
 
 
 def load_tokenizer(
-    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None, model_id: str, **kwargs
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None, model_id: str, args: LuffyConfig
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, if none is given; a `ValueError` for a processor of images."""
     if processing_class is None:
         processing_class = AutoProcessor.from_pretrained(
-            model_id, truncation_side="left", padding_side="left", **kwargs
+            model_id, truncation_side="left", padding_side="left", **args.load_options
         )
     if isinstance(processing_class, ProcessorMixin):
         raise ValueError(

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from datasets import Dataset, Features, IterableDataset, List, Value
-from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl.chat_template_utils import parse_response
 from trl.data_utils import is_conversational
 
@@ -402,24 +402,26 @@ def _squeeze(text: str) -> str:
     return text
 
 
-def load_generation_config(model_name_or_path: str, **kwargs) -> GenerationConfig:
+def load_generation_config(model: str | PreTrainedModel, **kwargs) -> GenerationConfig:
     """
-    Loads the generation config of a model, without the model.
+    The generation config of a model, which need not be loaded for it.
 
     Args:
-        model_name_or_path (`str`):
-            A model on the Hub, or a local folder.
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            A model on the Hub, a local folder, or a model.
         **kwargs:
             Passed to `from_pretrained`: `revision`, `trust_remote_code`.
 
     Returns:
         [`~transformers.GenerationConfig`]: Its generation config, or what transformers makes where it has none.
     """
+    if not isinstance(model, str):
+        return model.generation_config
     try:
-        return GenerationConfig.from_pretrained(model_name_or_path, **kwargs)
+        return GenerationConfig.from_pretrained(model, **kwargs)
     except OSError:
-        with loading_model(model_name_or_path):
-            return GenerationConfig.from_model_config(AutoConfig.from_pretrained(model_name_or_path, **kwargs))
+        with loading_model(model):
+            return GenerationConfig.from_model_config(AutoConfig.from_pretrained(model, **kwargs))
 
 
 def find_eos_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig) -> list[int]:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from .luffy_config import LuffyConfig
+
 
 @dataclass(frozen=True)
 class Demonstration:
@@ -42,6 +44,30 @@ class Demonstration:
         return "demonstration" if self.is_complete else "prefix"
 
 
+@dataclass
+class Caches:
+    """
+    What is computed once for each demonstration, by its key; `None` where it is computed each time.
+
+    Args:
+        scores (`dict[Hashable, dict[int, float]]`, *optional*):
+            Rewards, by the number of the reward function.
+        ref_logps (`dict[Hashable, torch.Tensor]`, *optional*):
+            Log-probabilities under the reference model.
+    """
+
+    scores: dict[Hashable, dict[int, float]] | None = None
+    ref_logps: dict[Hashable, torch.Tensor] | None = None
+
+    @classmethod
+    def from_args(cls, args: LuffyConfig) -> "Caches":
+        """Those that a configuration asks for."""
+        return cls(
+            scores={} if args.cache_demonstration_rewards else None,
+            ref_logps={} if args.cache_demonstration_ref_logps else None,
+        )
+
+
 class MixedBatch:
     """
     A generation batch: its rows, what each begins with, and what each has earned.
@@ -55,6 +81,8 @@ class MixedBatch:
         num_generations (`int`):
             G.
         accelerator ([`~accelerate.Accelerator`]):
+            Of the trainer.
+        caches ([`Caches`]):
             Of the trainer.
         passes (`list[str]`, *optional*):
             The passes over the batch that TRL will make, in their order: `"old"`, `"reference"`.
@@ -74,8 +102,10 @@ class MixedBatch:
         rows: list[dict[str, Any]],
         num_generations: int,
         accelerator: Accelerator,
+        caches: Caches,
         passes: list[str] | None = None,
     ):
+        self.caches = caches
         self.rows, self.num_generations, self.accelerator = rows, num_generations, accelerator
         self.passes = passes or []
         self.current_pass: str | None = None
@@ -94,15 +124,33 @@ class MixedBatch:
         """The slot of a local row in its group."""
         return (self.local.start + row) % self.num_generations
 
-    def insert(self, demonstrations: list[Demonstration | None], score_cache: dict[Hashable, dict] | None = None):
-        """Sets what the local rows begin with. All processes call this together."""
+    def insert(self, demonstrations: list[Demonstration | None], is_waiting: bool = False):
+        """Sets what the local rows begin with, or would if their groups fail. All processes call this together."""
+        if is_waiting:
+            self.waiting = demonstrations
+            return
         self.demonstrations = demonstrations
         described = [(len(shown.ids), bool(shown.logps)) if shown else (0, False) for shown in demonstrations]
         described = self.accelerator.gather(torch.tensor(described, device=self.accelerator.device))
         self.lengths, self.has_behavior_logps = described[:, 0], bool(described[:, 1].any())
         for row, key in enumerate(self.keys):
             if demonstrations[row]:  # what a replaced rollout has earned is not of the demonstration
-                self.scores[row] = {} if score_cache is None or key is None else score_cache.setdefault(key, {})
+                is_kept = self.caches.scores is not None and key is not None
+                self.scores[row] = self.caches.scores.setdefault(key, {}) if is_kept else {}
+
+    def insert_waiting(self, has_failed: torch.Tensor):
+        """Inserts what waits for the groups that have failed, from which of N rows are in one."""
+        waiting, self.waiting = zip(self.waiting, has_failed[self.local].tolist(), strict=True), None
+        self.insert([demonstration if failed else None for demonstration, failed in waiting])
+
+    def replace(self, completion_ids: list[list[int]], logps: list[list] | None) -> list[int]:
+        """Puts the demonstrations, in place, where rollouts were; returns the local rows."""
+        replaced = [i for i, shown in enumerate(self.demonstrations) if shown]
+        for i in replaced:
+            completion_ids[i] = list(self.demonstrations[i].ids)
+            if logps is not None:
+                logps[i] = [None] * len(completion_ids[i])
+        return replaced
 
     @property
     def is_mixed(self) -> bool:
@@ -124,20 +172,20 @@ class MixedBatch:
         """What each local row is, for the completions table."""
         return [shown.source if shown else "rollout" for shown in self.demonstrations]
 
-    def next_pass(self, ref_logps_cache: dict[Hashable, torch.Tensor] | None) -> list[torch.Tensor | None]:
+    def next_pass(self) -> list[torch.Tensor | None]:
         """For each local row, the log-probs that need no forward pass in the next pass over the batch."""
         self.current_pass = self.passes.pop(0)
         if self.current_pass == "reference":
-            return [None if ref_logps_cache is None else ref_logps_cache.get(key) for key in self.keys]
+            return [(self.caches.ref_logps or {}).get(key) for key in self.keys]
         # The old log-probs of a demonstration are not used
         return [None if key is None else torch.zeros(0) for key in self.keys]
 
-    def keep_logps(self, logps: torch.Tensor, ref_logps_cache: dict[Hashable, torch.Tensor]):
-        """Keeps the reference's log-probs of complete demonstrations, from those of shape `(B, T)`."""
-        if self.current_pass == "reference":
+    def keep_logps(self, logps: torch.Tensor):
+        """Keeps the reference's log-probs of complete demonstrations, from those of the pass, of shape `(B, T)`."""
+        if self.current_pass == "reference" and self.caches.ref_logps is not None:
             for row, key in enumerate(self.keys):
-                if key is not None and key not in ref_logps_cache:
-                    ref_logps_cache[key] = logps[row, : len(self.demonstrations[row].ids)].cpu()
+                if key is not None and key not in self.caches.ref_logps:
+                    self.caches.ref_logps[key] = logps[row, : len(self.demonstrations[row].ids)].cpu()
 
     def add_to(self, output: dict[str, torch.Tensor | Any]):
         """Adds what the loss needs of the demonstrations to what TRL has made of the batch."""

@@ -4,6 +4,7 @@ import copy
 import warnings
 from contextlib import contextmanager
 from dataclasses import Field, dataclass, field, fields
+from typing import Any
 
 from transformers import TrainingArguments
 from trl import GRPOConfig
@@ -473,6 +474,12 @@ class LuffyConfig(GRPOConfig):
     def is_plain_grpo(self) -> bool:
         """Whether this is GRPO without a change, for which the trainer leaves the loss to TRL."""
         return self.num_demonstrations == 0 and self.ratio_clipping == "on_policy" and not self.length_aware_batching
+
+    @property
+    def load_options(self) -> dict[str, Any]:
+        """What of `model_init_kwargs` a tokenizer and a generation config are loaded with too."""
+        revision = (self.model_init_kwargs or {}).get("revision")
+        return {"revision": revision, "trust_remote_code": self.trust_remote_code}
 
     def __post_init__(self):
         # TRL's default, under the name that transformers does not warn of

@@ -16,10 +16,9 @@ These are private methods of TRL 1.16, which is why luffy-trl pins its minor ver
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import nn
@@ -27,22 +26,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
 from trl.trainer.utils import get_config_model_id
 
+from . import metrics
 from .checks import check_arguments, load_tokenizer
-from .demonstrations import DEMONSTRATION_COLUMNS, decode_completion, load_generation_config
-from .groups import Demonstration, MixedBatch
+from .demonstrations import DEMONSTRATION_COLUMNS, decode_completion
+from .groups import Caches, MixedBatch
 from .losses import Denominators, TokenBatch, aggregate, group_advantages
 from .luffy_config import LuffyConfig
 from .methods import OPTIONS_OF_A_METHOD, Method
-from .metrics import (
-    add_rollout_means,
-    add_token_means,
-    describe_batch,
-    describe_rollouts,
-    describe_sampling,
-    reduce_rollout_means,
-    share_of_equal_groups,
-    weighted_sum,
-)
 from .mixins.length_aware import LengthAwareTrainer
 from .mixins.model_cards import LUFFY_PAPER, CardTrainer
 from .mixins.safety import SafeTrainer
@@ -50,7 +40,7 @@ from .mixins.sampling import UnevenSamplingTrainer
 from .scoring import score_once
 
 
-logger = get_logger(__name__)
+Rows: TypeAlias = Dataset | IterableDataset
 
 
 class LuffyTrainer(LengthAwareTrainer, UnevenSamplingTrainer, SafeTrainer, CardTrainer):
@@ -85,16 +75,11 @@ class LuffyTrainer(LengthAwareTrainer, UnevenSamplingTrainer, SafeTrainer, CardT
         quantization_config, peft_config, tools, rollout_func, environment_factory:
             As in [`~trl.GRPOTrainer`]. The last three are refused together with demonstrations. `eval_dataset` is
             evaluated on the policy's own completions; demonstrations in it are not used.
-
-    Raises:
-        ValueError: If an option has no meaning with demonstrations, or a row of the dataset cannot be used. The
-            message names the option, or the row and the field.
     """
 
     args: LuffyConfig
     reward_funcs: list
     options_of_a_batch = (*LengthAwareTrainer.options_of_a_batch, *OPTIONS_OF_A_METHOD)
-
     _tag_names = ["trl", "luffy", "grpo"]
     _name = "LUFFY"
     _paper = LUFFY_PAPER
@@ -104,13 +89,8 @@ class LuffyTrainer(LengthAwareTrainer, UnevenSamplingTrainer, SafeTrainer, CardT
         model: "str | PreTrainedModel",
         reward_funcs: RewardFunc | list[RewardFunc] | None = None,
         args: LuffyConfig | None = None,
-        train_dataset: Dataset | IterableDataset | None = None,
-        eval_dataset: Dataset
-        | IterableDataset
-        | DatasetDict
-        | IterableDatasetDict
-        | dict[str, Dataset | IterableDataset]
-        | None = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | DatasetDict | IterableDatasetDict | dict[str, Rows] | None = None,
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -122,46 +102,21 @@ class LuffyTrainer(LengthAwareTrainer, UnevenSamplingTrainer, SafeTrainer, CardT
         environment_factory: EnvironmentFactory | dict[str, EnvironmentFactory] | None = None,
     ):
         model_id = model if isinstance(model, str) else get_config_model_id(model.config)
-        if args is None:
-            args = LuffyConfig(f"{model_id.split('/')[-1]}-LUFFY")
+        args = LuffyConfig(f"{model_id.split('/')[-1]}-LUFFY") if args is None else args
         unsupported = {"tools": tools, "rollout_func": rollout_func, "environment_factory": environment_factory}
         check_arguments(args, reward_funcs, train_dataset, unsupported)
-        revision = (args.model_init_kwargs or {}).get("revision")
-        load_options = {"revision": revision, "trust_remote_code": args.trust_remote_code}
-        if not args.is_plain_grpo:
-            processing_class = load_tokenizer(processing_class, model_id, **load_options)
         self.method = Method.from_args(args)
+        if not args.is_plain_grpo:
+            processing_class = load_tokenizer(processing_class, model_id, args)
         if self.method.source is not None:
-            if isinstance(model, str):
-                generation_config = load_generation_config(model_id, **load_options)
-            else:
-                generation_config = model.generation_config
-            train_dataset = self.method.source.prepare(train_dataset, processing_class, generation_config)
+            train_dataset = self.method.source.prepare(train_dataset, processing_class, model)
         super().__init__(
-            model=model,
-            reward_funcs=reward_funcs,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            reward_processing_classes=reward_processing_classes,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-            tools=tools,
-            rollout_func=rollout_func,
-            environment_factory=environment_factory,
+            *(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, reward_processing_classes),
+            *(callbacks, optimizers, quantization_config, peft_config, tools, rollout_func, environment_factory),
         )
         if not args.is_plain_grpo:
-            functions: list = self.reward_funcs
-            self.reward_funcs = [
-                score_once(func, number, lambda: self._batch) for number, func in enumerate(functions)
-            ]
-        self._batch: MixedBatch | None = None  # while a generation batch is made
-        # What is computed once for each demonstration, by its key
-        self._score_cache: dict | None = {} if args.cache_demonstration_rewards else None
-        self._ref_logps_cache: dict | None = {} if args.cache_demonstration_ref_logps else None
+            self.reward_funcs = [score_once(func, i, lambda: self._batch) for i, func in enumerate(self.reward_funcs)]
+        self._caches = Caches.from_args(args)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -176,31 +131,24 @@ class LuffyTrainer(LengthAwareTrainer, UnevenSamplingTrainer, SafeTrainer, CardT
             return super()._generate_and_score_completions(inputs)
         rows = [{key: value for key, value in row.items() if key not in DEMONSTRATION_COLUMNS} for row in inputs]
         is_mixing = self.model.training and self.method.source is not None
-        self._batch = batch = MixedBatch(rows, self.num_generations, self.accelerator, self.name_passes())
+        self._batch = batch = MixedBatch(
+            rows, self.num_generations, self.accelerator, self._caches, self.name_passes()
+        )
         try:
             if is_mixing:
                 demonstrations, num_dropped = self.method.source.open_slots(inputs, batch, self.state.global_step)
-                # The batch is counted once, where processes are summed
-                is_counted = float(self.accelerator.is_main_process)
+                is_counted = float(self.accelerator.is_main_process)  # the batch once, where processes are summed
                 self.running_metrics.add("demonstrations/dropped", num_dropped, is_counted)
-                if self.method.when is None:
-                    batch.insert(demonstrations, self._score_cache)
-                else:
-                    batch.waiting = demonstrations
+                batch.insert(demonstrations, is_waiting=self.method.when is not None)
             output = super()._generate_and_score_completions(rows)
             batch.add_to(output)
             if is_mixing:
                 self._replace_advantages(batch, output)
+            if self.model.training:
+                self.method.weight_advantages(output)
+            return output
         finally:
             self._batch = None
-        weights = self.args.demonstration_advantage_weight, self.args.rollout_advantage_weight
-        if self.model.training and weights != (1.0, 1.0):
-            per_token_weights = torch.where(output["demonstration_mask"], *weights)
-            output["advantages"] = output["advantages"].unsqueeze(1) * per_token_weights
-        return output
-
-    def given(self) -> list[Demonstration | None] | None:
-        return self._batch.demonstrations if self._batch is not None and self._batch.is_mixed else None
 
     def _generate(self, prompts: list):
         result = super()._generate(prompts)
@@ -209,7 +157,7 @@ class LuffyTrainer(LengthAwareTrainer, UnevenSamplingTrainer, SafeTrainer, CardT
         elif self._batch is not None and self._batch.is_mixed:
             # TRL has just described all completions; these are the same formulas over the policy's own.
             ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
-            self._replace_metrics(describe_rollouts(result[1], ends, self._batch))
+            self._log_metrics(metrics.describe_rollouts(result[1], ends, self._batch), replace=True)
         return result
 
     def _replace_failures(self, batch: MixedBatch, prompts, prompt_ids, completion_ids, completions, logps):
@@ -220,26 +168,17 @@ class LuffyTrainer(LengthAwareTrainer, UnevenSamplingTrainer, SafeTrainer, CardT
         scored, so that no choice is fairer.
         """
         batch.rollout_rewards = super()._calculate_rewards(batch.rows, prompts, completions, completion_ids)
-        has_failed = self.method.when(weighted_sum(batch.rollout_rewards, self.reward_weights), self.num_generations)
+        has_failed = self.method.when(
+            metrics.weighted_sum(batch.rollout_rewards, self.reward_weights), self.num_generations
+        )
         waiting, batch.waiting = zip(batch.waiting, has_failed[batch.local].tolist(), strict=True), None
-        batch.insert([shown if failed else None for shown, failed in waiting], self._score_cache)
-        replaced = {i: shown for i, shown in enumerate(batch.demonstrations) if shown}
-        for i, shown in replaced.items():
-            completion_ids[i] = list(shown.ids)
-            if self.use_vllm:
-                logps[i] = [None] * len(shown.ids)
-        prefixes = [i for i, shown in replaced.items() if not shown.is_complete]
+        batch.insert([shown if failed else None for shown, failed in waiting])
+        replaced = batch.replace(completion_ids, logps)
+        prefixes = [i for i in replaced if batch.sources[i] == "prefix"]
         if any(gather_object([len(prefixes)])):
             self._continue(prompt_ids, completion_ids, logps, prefixes)
         for i in replaced:
             completions[i] = decode_completion(self._tokenizer, prompts[i], prompt_ids[i], completion_ids[i])
-
-    def known_logps(self, num_rows: int) -> list[torch.Tensor | None]:
-        return super().known_logps(num_rows) if self._batch is None else self._batch.next_pass(self._ref_logps_cache)
-
-    def keep_logps(self, logps: torch.Tensor):
-        if self._batch is not None and self._ref_logps_cache is not None:
-            self._batch.keep_logps(logps, self._ref_logps_cache)
 
     # 2. Rewards and advantages
 
@@ -260,7 +199,7 @@ class LuffyTrainer(LengthAwareTrainer, UnevenSamplingTrainer, SafeTrainer, CardT
 
     def _replace_advantages(self, batch: MixedBatch, output: dict[str, torch.Tensor | Any]):
         """Gives the rows of mixed groups their advantages, and the logs what TRL was not shown."""
-        rewards = weighted_sum(batch.rewards, self.reward_weights)
+        rewards = metrics.weighted_sum(batch.rewards, self.reward_weights)
         is_demonstration = batch.is_demonstration
         advantages = group_advantages(
             rewards, self.num_generations, is_demonstration, baseline=self.method.baseline, scale=self.scale_rewards
@@ -271,21 +210,11 @@ class LuffyTrainer(LengthAwareTrainer, UnevenSamplingTrainer, SafeTrainer, CardT
         for i, name in enumerate(self.reward_func_names):
             self._logs["rewards"][name].extend(batch.rewards[:, i].tolist())
         self._logs["advantages"].extend(advantages.tolist())
-        metrics = describe_batch(batch, rewards, self.reward_weights.to(rewards.device))
-        self._append_metrics(metrics)
-        if not batch.is_mixed:
-            return
-        if metrics["demonstrations/reward"] <= 0 and not (rewards > 0)[is_demonstration].any():
-            logger.warning_once(
-                "No demonstration of a generation batch earns a reward: the policy learns to avoid them. See why with "
-                "`luffy inspect`; most often the reward wants a form of answer that the traces do not have."
-            )
-        if self.scale_rewards != "batch":
-            rollout_rewards = weighted_sum(batch.rollout_rewards, self.reward_weights)
-            share = share_of_equal_groups(rollout_rewards, self.num_generations)
-            self._replace_metrics({"frac_reward_zero_std": share})
-        if "importance_sampling_ratio" in output:
-            self._replace_metrics(describe_sampling(output, self.accelerator))
+        self._log_metrics(metrics.describe_batch(batch, rewards, self.reward_weights.to(rewards.device)))
+        if batch.is_mixed and self.scale_rewards != "batch":
+            self._log_metrics(metrics.describe_rollout_rewards(batch, self.reward_weights), replace=True)
+        if batch.is_mixed and "importance_sampling_ratio" in output:
+            self._log_metrics(metrics.describe_sampling(output, self.accelerator), replace=True)
 
     # 3. Policy shaping
 
@@ -318,21 +247,13 @@ class LuffyTrainer(LengthAwareTrainer, UnevenSamplingTrainer, SafeTrainer, CardT
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * aux_loss / denominators.num_means
             stats["aux_loss"] = self.accelerator.gather_for_metrics(aux_loss).mean().item()
-        running = self.running_metrics
-        if mode == "train":
-            add_token_means(running, tokens, stats)
-        if "num_sequences" in inputs:  # micro-batches are of unlike size
-            metrics = add_rollout_means(running, tokens, stats, inputs["num_sequences"])
-        else:
-            metrics = reduce_rollout_means(tokens, stats, self.accelerator)
-        self._append_metrics(metrics, mode)
+        self._log_metrics(
+            metrics.add_micro_batch(self.running_metrics, inputs, tokens, stats, self.accelerator, mode), mode
+        )
         return loss
 
-    def _append_metrics(self, metrics: dict[str, float], mode: str = "train"):
+    def _log_metrics(self, metrics: dict[str, float], mode: str = "train", replace: bool = False):
+        """Appends to TRL's metrics, or overwrites what TRL has just appended."""
         for name, value in metrics.items():
-            self._metrics[mode][name].append(value)
-
-    def _replace_metrics(self, metrics: dict[str, float]):
-        """Overwrites what TRL has just appended."""
-        for name, value in metrics.items():
-            self._metrics["train"][name][-1] = value
+            values = self._metrics[mode][name]
+            values[-1 if replace else len(values) :] = [value]

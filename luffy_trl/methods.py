@@ -15,6 +15,7 @@ are compared with, and what is minimised.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -72,12 +73,21 @@ class Method:
             What the mean reward is taken over; see [`group_advantages`].
         objective ([`Objective`]):
             What is minimised.
+        advantage_weights (`tuple[float, float]`, *optional*, defaults to `(1.0, 1.0)`):
+            Of the advantages of demonstration tokens and of rollout tokens.
     """
 
     source: DatasetSource | None
     when: OnFailure | None
     baseline: str
     objective: Objective
+    advantage_weights: tuple[float, float] = (1.0, 1.0)
+
+    def weight_advantages(self, output: dict[str, Any]):
+        """Weights the advantages of a generation batch; from the shape `(B,)` they become `(B, T)`."""
+        if self.advantage_weights != (1.0, 1.0):
+            weights = torch.where(output["demonstration_mask"], *self.advantage_weights)
+            output["advantages"] = output["advantages"].unsqueeze(1) * weights
 
     @classmethod
     def from_args(cls, args: LuffyConfig) -> "Method":
@@ -109,6 +119,7 @@ class Method:
             when=OnFailure(args.failure_threshold) if args.demonstration_policy == "on_failure" else None,
             baseline=args.advantage_baseline,
             objective=Objective(tuple(terms), args.loss_type),
+            advantage_weights=(args.demonstration_advantage_weight, args.rollout_advantage_weight),
         )
 
 

@@ -6,11 +6,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from accelerate.utils import gather_object, send_to_device
 from trl.trainer.utils import nanmax, nanmin, nanstd
 
 from .groups import MixedBatch
 from .losses import TokenBatch
+
+
+logger = get_logger(__name__)
 
 
 class RunningMetrics:
@@ -84,29 +88,38 @@ class RunningMetrics:
             self.minima["clip_ratio/low_min"], self.maxima["clip_ratio/high_max"] = state["clip_extremes"]
 
 
-def add_token_means(metrics: RunningMetrics, tokens: TokenBatch, stats: dict[str, Any]):
-    """Adds the metrics of a micro-batch that are means over demonstration or rollout tokens."""
-    demonstration_mask = tokens.demonstration_mask
-    demonstration_loss = stats.get("demonstration_loss", stats["loss"])
-    metrics.add_tokens("demonstrations/loss", demonstration_loss, demonstration_mask)
-    metrics.add_tokens("demonstrations/prob", tokens.logps.exp(), demonstration_mask)
-    metrics.add_tokens("demonstrations/ratio", stats["coefficient"], demonstration_mask)
-    metrics.add_tokens("demonstrations/fraction", demonstration_mask, tokens.mask)
-    metrics.add_tokens("on_policy/loss", stats["loss"], tokens.rollout_mask)
-
-
-def add_rollout_means(
-    metrics: RunningMetrics, tokens: TokenBatch, stats: dict[str, Any], num_sequences: torch.Tensor
+def add_micro_batch(
+    metrics: RunningMetrics,
+    inputs: dict[str, Any],
+    tokens: TokenBatch,
+    stats: dict[str, Any],
+    accelerator: Accelerator,
+    mode: str,
 ) -> dict[str, float]:
-    """Adds TRL's metrics of a micro-batch, over rollout tokens; returns those that are numbers already."""
+    """
+    Adds the metrics of a micro-batch, and returns those that are not summed: numbers that the loss has given, and, of
+    one of TRL's micro-batches, TRL's own metrics over rollout tokens.
+    """
+    mask, demonstration_mask, rollout_mask = tokens.mask, tokens.demonstration_mask, tokens.rollout_mask
+    if mode == "train":
+        demonstration_loss = stats.get("demonstration_loss", stats["loss"])
+        metrics.add_tokens("demonstrations/loss", demonstration_loss, demonstration_mask)
+        metrics.add_tokens("demonstrations/prob", tokens.logps.exp(), demonstration_mask)
+        metrics.add_tokens("demonstrations/ratio", stats["coefficient"], demonstration_mask)
+        metrics.add_tokens("demonstrations/fraction", demonstration_mask, mask)
+        metrics.add_tokens("on_policy/loss", stats["loss"], rollout_mask)
+    numbers = {name: value for name, value in stats.items() if isinstance(value, float)}
+    if "num_sequences" not in inputs:
+        return numbers | reduce_rollout_means(tokens, stats, accelerator)
+    # Micro-batches are of unlike size
     if "policy_loss" in stats:
-        metrics.add("policy_loss", stats["policy_loss"], tokens.mask.size(0) / num_sequences)
+        metrics.add("policy_loss", stats["policy_loss"], mask.size(0) / inputs["num_sequences"])
     for name, values in rollout_means(tokens, stats).items():
-        metrics.add_tokens(name, values, tokens.rollout_mask)
+        metrics.add_tokens(name, values, rollout_mask)
     low, high = clip_extremes(tokens, stats)
     metrics.add_min("clip_ratio/low_min", low)
     metrics.add_max("clip_ratio/high_max", high)
-    return {name: value for name, value in stats.items() if isinstance(value, float)}
+    return numbers
 
 
 def rollout_means(tokens: TokenBatch, stats: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -131,7 +144,7 @@ def clip_extremes(tokens: TokenBatch, stats: dict[str, Any]) -> tuple[torch.Tens
 
 def reduce_rollout_means(tokens: TokenBatch, stats: dict[str, Any], accelerator: Accelerator) -> dict[str, float]:
     """TRL's metrics of one of its micro-batches, over the rollout tokens of all processes."""
-    metrics = {name: value for name, value in stats.items() if isinstance(value, float)}
+    metrics = {}
     if "policy_loss" in stats:
         metrics["policy_loss"] = accelerator.gather(stats["policy_loss"]).nanmean().item()
     means, rollout_mask, mask = rollout_means(tokens, stats), tokens.rollout_mask, tokens.mask
@@ -171,6 +184,11 @@ def describe_batch(batch: MixedBatch, rewards: torch.Tensor, reward_weights: tor
     if batch.is_mixed:
         metrics["demonstrations/reward"] = rewards[batch.is_demonstration].nanmean().item()
         metrics["demonstrations/length"] = batch.lengths[batch.is_demonstration].float().mean().item()
+        if metrics["demonstrations/reward"] <= 0 and not (rewards > 0)[batch.is_demonstration].any():
+            logger.warning_once(
+                "No demonstration of a generation batch earns a reward: the policy learns to avoid them. See why with "
+                "`luffy inspect`; most often the reward wants a form of answer that the traces do not have."
+            )
     # A rollout solves its problem where it earns 1 from each reward function that applies to it. Rows that no
     # function scores have no say.
     full_rewards = (~batch.rollout_rewards.isnan() * reward_weights).sum(dim=1)
@@ -178,12 +196,12 @@ def describe_batch(batch: MixedBatch, rewards: torch.Tensor, reward_weights: tor
     return metrics | describe_groups(rollout_rewards, full_rewards, batch.num_generations)
 
 
-def share_of_equal_groups(rollout_rewards: torch.Tensor, num_generations: int) -> float:
-    """TRL's `frac_reward_zero_std` over rollouts, from their rewards of shape `(N,)`, NaN elsewhere."""
-    groups = rollout_rewards.view(-1, num_generations)
+def describe_rollout_rewards(batch: MixedBatch, reward_weights: torch.Tensor) -> dict[str, float]:
+    """TRL's `frac_reward_zero_std`, over rollouts."""
+    groups = weighted_sum(batch.rollout_rewards, reward_weights).view(-1, batch.num_generations)
     is_single = (~groups.isnan()).sum(dim=1) == 1  # a single rollout does not differ from itself
     std = nanstd(groups, dim=1).masked_fill(is_single, 0.0)
-    return torch.isclose(std, torch.zeros_like(std)).float().mean().item()
+    return {"frac_reward_zero_std": torch.isclose(std, torch.zeros_like(std)).float().mean().item()}
 
 
 def weighted_sum(rewards_per_func: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
-from luffy_trl.groups import Demonstration
+from luffy_trl.groups import Caches, Demonstration, MixedBatch
 from luffy_trl.mixins.model_cards import CardTrainer
 from luffy_trl.mixins.resuming import ResumingTrainer
 from luffy_trl.mixins.safety import SafeTrainer
@@ -63,9 +63,11 @@ def test_resuming_within_a_generation_batch(model_path, tmp_path):
 
 def test_completions_begin_with_what_is_given(model_path, tmp_path):
     class Giving(UnevenSamplingTrainer):
-        def given(self):
+        def _generate_and_score_completions(self, inputs):
+            self._batch = MixedBatch(inputs, self.num_generations, self.accelerator, Caches())
             complete, prefix = Demonstration([10, 11, 1]), Demonstration([12, 13], is_complete=False)
-            return [complete, prefix, None, None]
+            self._batch.insert([complete, prefix, None, None])
+            return super()._generate_and_score_completions(inputs)
 
     trainer = make_trainer(Giving, model_path, tmp_path)
     generated, completions = tiny.count_generated_rows(trainer.model), []

@@ -71,7 +71,7 @@ def test_reference_log_probs_are_of_the_trace_itself(tmp_path):
     trainer._compute_loss = recording
     trainer.train()
     assert len(differences) == 6 and max(differences) < 1e-4
-    assert len(trainer._ref_logps_cache) == 48
+    assert len(trainer._caches.ref_logps) == 48
 
 
 def test_groups_of_two_processes(tmp_path):

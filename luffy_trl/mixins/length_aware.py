@@ -12,6 +12,7 @@ from accelerate.utils import DistributedType
 from trl import GRPOTrainer
 
 from ..batching import plan_micro_batches, rebatch, round_up, without_padding
+from ..groups import MixedBatch
 from ..metrics import RunningMetrics
 from .resuming import ResumingTrainer
 
@@ -27,11 +28,12 @@ class LengthAwareTrainer(ResumingTrainer):
       subclass that `_compute_loss` divides by `num_sequences` and `num_tokens` of its inputs where they are there, and
       adds its means to `running_metrics`: micro-batches are of unlike size.
     - Overrides `_prepare_inputs`, `training_step` and `_get_per_token_logps_and_entropies`; `log`.
-    - Adds `running_metrics` and `name_passes`; and `known_logps` and `keep_logps`, by which a subclass leaves rows out
-      of the passes over a generation batch.
+    - Adds `running_metrics`, `name_passes`, and `_batch`, which a subclass sets while it makes a generation batch: it
+      knows the log-probs of some rows, and these are left out of the passes over the batch.
     - Keeps TRL's micro-batches, to the last bit, with `length_aware_batching=False`.
     """
 
+    _batch: MixedBatch | None = None
     options_of_a_batch = (
         *ResumingTrainer.options_of_a_batch,
         "length_aware_batching",
@@ -63,13 +65,6 @@ class LengthAwareTrainer(ResumingTrainer):
             self.use_vllm and self.vllm_importance_sampling_correction
         )
         return [*(["old"] if is_old else []), *(["reference"] if self.beta != 0.0 else [])]
-
-    def known_logps(self, num_rows: int) -> list[torch.Tensor | None]:
-        """For each local row, the log-probs that need no forward pass in the next pass over the generation batch."""
-        return [None] * num_rows
-
-    def keep_logps(self, logps: torch.Tensor):
-        """Takes the log-probs of that pass, of shape `(B, T)`."""
 
     def generation_state(self) -> dict[str, Any]:
         return {**super().generation_state(), "running_metrics": self.running_metrics.state_dict()}
@@ -143,7 +138,7 @@ class LengthAwareTrainer(ResumingTrainer):
         lengths = round_up(torch.stack([mask.sum(1) for mask in masks], dim=1), self.pad_to_multiple_of).cpu()
         lengths = lengths.minimum(torch.tensor([num_prompt_tokens, logits_to_keep]))
         all_logps = torch.zeros(masks[1].shape, device=input_ids.device)
-        known = self.known_logps(len(lengths))
+        known = self._batch.next_pass() if self._batch is not None else [None] * len(lengths)
         for chunk in self._plan_pass(lengths, known, batch_size):
             prompt, completion = lengths[chunk].amax(0).tolist()
             columns = slice(num_prompt_tokens - prompt, num_prompt_tokens + completion)
@@ -154,7 +149,8 @@ class LengthAwareTrainer(ResumingTrainer):
         for row, logps in enumerate(known):
             if logps is not None:
                 all_logps[row, : len(logps)] = logps.to(all_logps.device)
-        self.keep_logps(all_logps)
+        if self._batch is not None:
+            self._batch.keep_logps(all_logps)
         return all_logps, None, None
 
     def _plan_pass(self, lengths: torch.Tensor, known: list[torch.Tensor | None], batch_size: int) -> list[list[int]]:

@@ -10,7 +10,7 @@ import torch.distributed
 from accelerate.utils import broadcast_object_list, gather_object
 from trl import GRPOTrainer
 
-from ..groups import Demonstration
+from ..groups import MixedBatch
 
 
 class UnevenSamplingTrainer(GRPOTrainer):
@@ -18,22 +18,20 @@ class UnevenSamplingTrainer(GRPOTrainer):
     A [`~trl.GRPOTrainer`] that samples only what is not given.
 
     - Overrides `_generate_single_turn`, which calls TRL's own for the rows that are sampled.
-    - Adds `given`, which a subclass overrides, and `_continue`.
-    - Keeps TRL's sampling, to the last bit, where nothing is given.
+    - Adds `_batch`, which a subclass sets while it makes a generation batch, and `_continue`.
+    - Keeps TRL's sampling, to the last bit, without a batch, or where no row of it begins with a demonstration.
     """
 
-    def given(self) -> list[Demonstration | None] | None:
-        """What the completions of this process begin with; `None` where no process has anything given."""
-        return None
+    _batch: MixedBatch | None = None
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
-        given = self.given()
-        if given is None:
+        if self._batch is None or not self._batch.is_mixed:
             with self._naming_a_lost_server():
                 return super()._generate_single_turn(
                     prompt_ids, images, multimodal_fields, num_generations, has_tool_images
                 )
 
+        given = self._batch.demonstrations
         # A rollout follows the prompt, and what follows a partial demonstration its prefix.
         sampled = [
             i for i, demonstration in enumerate(given) if demonstration is None or not demonstration.is_complete

@@ -8,9 +8,14 @@ from collections.abc import Callable
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..demonstrations import DEMONSTRATION_COLUMNS, find_eos_token_ids, tokenize_demonstrations
+from ..demonstrations import (
+    DEMONSTRATION_COLUMNS,
+    find_eos_token_ids,
+    load_generation_config,
+    tokenize_demonstrations,
+)
 from ..groups import Demonstration, MixedBatch
 from ..luffy_config import LuffyConfig
 
@@ -37,12 +42,10 @@ class DatasetSource:
         self._traces: Dataset | None = None
 
     def prepare(
-        self,
-        dataset: Dataset | IterableDataset,
-        tokenizer: PreTrainedTokenizerBase,
-        generation_config: GenerationConfig,
+        self, dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, model: str | PreTrainedModel
     ) -> Dataset | IterableDataset:
         """Tokenizes the traces of a dataset, and keeps them; returns the dataset that the trainer loads rows from."""
+        generation_config = load_generation_config(model, **self.args.load_options)
         dataset = tokenize_demonstrations(
             dataset,
             tokenizer,
