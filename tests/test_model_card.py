@@ -216,7 +216,7 @@ def model_path(tmp_path_factory):
 
 def make_trainer(model_path, output_dir, rows=None, peft_config=None, **kwargs):
     args = tiny.make_args(output_dir, **kwargs)
-    dataset = Dataset.from_list(rows or tiny.addition_rows(1))
+    dataset = Dataset.from_list(rows or tiny.addition_rows(2))
     return LuffyTrainer(model_path, tiny.share_of_digits, args, dataset, peft_config=peft_config)
 
 
