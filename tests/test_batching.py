@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 
+from luffy_trl import batching
 from luffy_trl.batching import deal, plan_micro_batches, resize, round_up, select
 
 
@@ -80,6 +81,119 @@ def test_a_token_budget_takes_the_fewest_micro_batches(seed, padding_free):
                 costs[number] = min(cost, costs.get(number, cost))
     assert len(plan) == -(-min(costs) // num_processes) * num_processes
     assert sum(count**2 if padding_free else count for count in tokens_of(plan)) == costs[len(plan)]
+
+
+def plan_by_all_pairs(prompts, completions, max_tokens, num_micro_batches, multiple_of, padding_free):
+    """The dynamic program over all pairs of sequences, in cubic time; of equal cuts, the longest last micro-batch."""
+    order = sorted(range(len(prompts)), key=lambda row: (-completions[row], -prompts[row]))
+
+    def tokens_of(start, end):
+        rows = order[start:end]
+        if padding_free:
+            return sum(prompts[row] + completions[row] for row in rows)
+        return len(rows) * (max(prompts[row] for row in rows) + max(completions[row] for row in rows))
+
+    tokens = {pair: tokens_of(*pair) for pair in itertools.combinations(range(len(order) + 1), 2)}
+    costs = {
+        (start, end): count**2 if padding_free else count
+        for (start, end), count in tokens.items()
+        if count <= max_tokens or end == start + 1
+    }
+    totals, starts = [{0: 0}], []  # by number of micro-batches, and by end
+    for _ in order:
+        ways = {}
+        for (start, end), cost in costs.items():  # the first start comes first
+            if start in totals[-1] and totals[-1][start] + cost < ways.get(end, (float("inf"),))[0]:
+                ways[end] = totals[-1][start] + cost, start
+        totals.append({end: cost for end, (cost, _) in ways.items()})
+        starts.append({end: start for end, (_, start) in ways.items()})
+    if num_micro_batches is None:
+        fewest = next(number for number, of_number in enumerate(totals) if len(order) in of_number)
+        num_micro_batches = -(-fewest // multiple_of) * multiple_of
+    plan, end = [], len(order)
+    for of_number in reversed(starts[:num_micro_batches]):
+        plan.append(order[of_number[end] : end])
+        end = of_number[end]
+    return plan[::-1], totals[num_micro_batches][len(order)]
+
+
+def draw_lengths(rng):
+    """Sequences of one kind: spread out, equal, multiples of 64, odd prompts, one in eight or a single one long."""
+    num_sequences = rng.choice([1, 2, 5, 8, 12, 20, 30])
+    widest_prompt, widest_completion = rng.choice([1, 8, 99, 999]), rng.choice([1, 19, 299, 7999])
+    prompts = [rng.randint(1, widest_prompt) for _ in range(num_sequences)]
+    completions = [rng.randint(1, widest_completion) for _ in range(num_sequences)]
+    kind = rng.choice(["spread", "equal", "multiples", "odd prompts", "long traces", "one too long"])
+    if kind == "equal":
+        completions = [7] * num_sequences
+    elif kind == "multiples":
+        prompts, completions = ([64 * length for length in lengths] for lengths in (prompts, completions))
+    elif kind == "odd prompts":
+        prompts = [rng.choice([10, 5000]) for _ in prompts]
+        completions = [rng.randint(1000, 1030) for _ in completions]
+    elif kind == "long traces":
+        completions = [20 * length if rng.random() < 1 / 8 else length for length in completions]
+    elif kind == "one too long":
+        completions[rng.randrange(num_sequences)] = 100_000
+    return prompts, completions
+
+
+@pytest.mark.parametrize("max_stored_costs", [0, 2**23])
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_the_plan_is_that_of_the_dynamic_program(padding_free, max_stored_costs, monkeypatch):
+    """300 instances: the same cost, and of equal cuts the same one, whether costs are stored or computed again."""
+    monkeypatch.setattr(batching, "MAX_STORED_COSTS", max_stored_costs)
+    rng = random.Random(f"{padding_free}")
+    kinds = set()
+    for _ in range(300):
+        prompts, completions = draw_lengths(rng)
+        num_sequences, longest = len(prompts), max(prompts) + max(completions)
+        divisors = [number for number in range(1, num_sequences + 1) if num_sequences % number == 0]
+        kind = rng.choice(["as many", "budget", "any number"])
+        max_tokens, num_micro_batches, multiple_of = rng.randint(1, 4 * longest), None, rng.choice(divisors)
+        if kind == "as many":  # as TRL's cut into equally many rows
+            num_micro_batches = rng.choice(divisors)
+            max_tokens = num_sequences // num_micro_batches * longest
+        elif kind == "any number":
+            fewest = len(plan_micro_batches(prompts, completions, max_tokens, padding_free=padding_free))
+            num_micro_batches = rng.randint(fewest, num_sequences)
+        arguments = prompts, completions, max_tokens, num_micro_batches, multiple_of, padding_free
+        plan = plan_micro_batches(*arguments)
+        expected, cost = plan_by_all_pairs(*arguments)
+        if padding_free:
+            tokens = [sum(prompts[row] + completions[row] for row in rows) for rows in plan]
+        else:
+            tokens = padded_tokens(plan, prompts, completions)
+        assert sum(count**2 if padding_free else count for count in tokens) == cost, arguments
+        assert plan == expected, arguments
+        kinds.add((kind, len(plan) > 1, max(tokens) > max_tokens))
+    assert len(kinds) >= 8  # all of these, with and without a sequence over the budget
+
+
+def test_a_large_plan_stays_small(monkeypatch):
+    """2,048 sequences: what is computed are micro-batches of a few dozen sequences, not all pairs."""
+    rng = random.Random(0)
+    prompts = [rng.randint(60, 1000) for _ in range(2048)]
+    completions = [rng.randint(2000, 8192) if rng.random() < 1 / 8 else rng.randint(100, 2000) for _ in prompts]
+    largest, costs = [], batching.Runs.costs
+    monkeypatch.setattr(
+        batching.Runs, "costs", lambda self, end: largest.append(len(costs(self, end))) or costs(self, end)
+    )
+    for arguments in [(16384, None, 256), (4 * (max(prompts) + max(completions)), 512)]:
+        for padding_free in (False, True):
+            largest.clear()
+            plan = plan_micro_batches(prompts, completions, *arguments, padding_free=padding_free)
+            assert len(plan) % 256 == 0
+            assert max(largest) < 200
+            assert len(largest) < 40 * 2048  # passes over all sequences
+
+
+def test_a_cut_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="3 sequences make between 2 and 3 micro-batches of at most 20 tokens, not 1"):
+        plan_micro_batches([1, 1, 1], [9, 9, 9], 20, 1)
+    with pytest.raises(ValueError, match="between 2 and 3 .* not 4"):
+        plan_micro_batches([1, 1, 1], [9, 9, 9], 20, None, 4)
+    assert plan_micro_batches([], [], 20) == []
 
 
 def test_processes_have_as_much_to_do():
