@@ -10,12 +10,14 @@ processes so that all have as much to do. Which sequences an optimizer step sees
 """
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed
 from accelerate import Accelerator
 from torch.nn.functional import pad
 
@@ -315,6 +317,143 @@ def select(batch: dict[str, torch.Tensor | None], rows: list[int]) -> dict[str, 
     return {key: value if value is None or value.dim() == 0 else value[rows] for key, value in batch.items()}
 
 
+def place(shares: list[list[int]], tokens: list[int]) -> list[int]:
+    """
+    Decides which process takes which share of the sequences, so that many of their tokens are there already.
+
+    Args:
+        shares (`list[list[int]]`):
+            Numbers of the sequences of each share, one share for each process.
+        tokens (`list[int]`):
+            Tokens of each sequence. Each process holds as many sequences, the first process the first ones.
+
+    Returns:
+        `list[int]`: For each process, the number of its share.
+    """
+    num_local = len(tokens) // len(shares)
+    overlaps: Counter[tuple[int, int]] = Counter()
+    for number, rows in enumerate(shares):
+        for row in rows:
+            overlaps[row // num_local, number] += tokens[row]
+    share_of: dict[int, int] = {}
+    placed: set[int] = set()
+    for process, number in sorted(overlaps, key=lambda pair: (-overlaps[pair], pair)):  # the largest overlaps first
+        if process not in share_of and number not in placed:
+            share_of[process] = number
+            placed.add(number)
+    others = (number for number in range(len(shares)) if number not in placed)
+    return [share_of[process] if process in share_of else next(others) for process in range(len(shares))]
+
+
+def plan_processes(
+    lengths: torch.Tensor,
+    num_processes: int,
+    num_micro_batches: int,
+    max_tokens: int | None = None,
+    padding_free: bool = False,
+) -> list[list[tuple[list[int], list[int]]]]:
+    """
+    Cuts the sequences of an optimizer step, and decides which process takes what.
+
+    Args:
+        lengths (`torch.Tensor`):
+            Of shape `(N, 2)`, the tokens of each prompt and completion. Each process holds as many sequences, the
+            first process the first ones.
+        num_processes (`int`):
+            Number of processes.
+        num_micro_batches (`int`):
+            Micro-batches of each process before, all of equally many sequences.
+        max_tokens (`int`, *optional*):
+            Maximum of tokens of a micro-batch. If `None`, as many micro-batches as before, and none larger.
+        padding_free (`bool`, *optional*, defaults to `False`):
+            Whether the forward pass leaves padding out.
+
+    Returns:
+        `list[list[tuple[list[int], list[int]]]]`: For each process its micro-batches: the numbers of their sequences,
+        and the widths of prompts and completions.
+    """
+    table = lengths.numpy()
+    prompts, completions = lengths.T.tolist()
+    if max_tokens is None:
+        rows_before = len(lengths) // (num_processes * num_micro_batches)
+        limits = rows_before * int(table.max(0).sum()), num_micro_batches * num_processes
+    else:
+        limits = max_tokens, None
+    plan = plan_micro_batches(prompts, completions, *limits, num_processes, padding_free)
+    sizes = np.array([len(rows) for rows in plan])
+    table, starts = table[np.concatenate(plan)], np.cumsum(sizes) - sizes
+    widths = np.maximum.reduceat(table, starts)
+    tokens = np.add.reduceat(table.sum(1), starts) if padding_free else sizes * widths.sum(1)
+    shares = deal(list(zip(plan, widths.tolist(), strict=True)), tokens.tolist(), num_processes)
+    numbers = place([[row for rows, _ in share for row in rows] for share in shares], lengths.sum(1).tolist())
+    return [shares[number] for number in numbers]
+
+
+def exchange(
+    batch: dict[str, torch.Tensor | None], lengths: torch.Tensor, rows_of: list[list[int]], process: int
+) -> dict[str, torch.Tensor | None]:
+    """
+    Sends each sequence to the process that takes it. All processes must call this together.
+
+    Nothing is sent of padding, which is 0 in what arrives. Nor are the masks, which the lengths determine.
+
+    Args:
+        batch (`dict[str, torch.Tensor | None]`):
+            The sequences of this process, as many as every other holds; see [`resize`].
+        lengths (`torch.Tensor`):
+            Of shape `(N, 2)`, the tokens of each prompt and completion of all processes, by the masks.
+        rows_of (`list[list[int]]`):
+            Numbers of the sequences that each process takes.
+        process (`int`):
+            Number of this process.
+
+    Returns:
+        `dict[str, torch.Tensor | None]`: The sequences that this process takes, in the order of their numbers.
+    """
+    num_local, width = batch["completion_ids"].shape
+    device = batch["completion_ids"].device
+    # What is sent to a process, and what arrives from one, is in the order of the numbers.
+    leaving = [sorted(row for row in rows if row // num_local == process) for rows in rows_of]
+    arriving: list[list[int]] = [[] for _ in rows_of]
+    for row in sorted(rows_of[process]):
+        arriving[row // num_local].append(row)
+    sent, own = ([row for rows in part for row in rows] for part in (leaving, arriving))
+    local = [row - process * num_local for row in sent]
+
+    def mask(rows: list[int], width: int, column: int) -> torch.Tensor:
+        """Where sequences have tokens: prompts (column 0) at their end, completions (column 1) at their start."""
+        positions = torch.arange(width, device=device)
+        return (positions.flip(0) if column == 0 else positions) < lengths[rows, column, None].to(device)
+
+    def pass_on(values: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+        """Exchanges flat values, of which each of all sequences has as many as `sizes` says."""
+        num_sent, num_received = ([sum(sizes[row] for row in rows) for rows in part] for part in (leaving, arriving))
+        received = values.new_empty(sum(num_received))
+        torch.distributed.all_to_all_single(received, values, num_received, num_sent)
+        return received
+
+    sizes = lengths.T.tolist()
+    result: dict[str, torch.Tensor | None] = {}
+    for key, value in batch.items():
+        column = 0 if key in ("prompt_ids", "prompt_mask") else 1
+        if value is None or value.dim() == 0:
+            result[key] = value
+        elif column == 0 or (value.dim() > 1 and value.size(1) == width):  # one value for each token
+            is_real = mask(own, int(lengths[own, column].max().clamp(min=1)), column)
+            if key in ("prompt_mask", "completion_mask"):
+                result[key] = is_real.to(value.dtype)
+                continue
+            values = value[local][mask(sent, value.size(1), column)]
+            if key in ("prompt_ids", "completion_ids"):
+                values = values.int()  # half of what int64 takes
+            values = pass_on(values, sizes[column]).to(value.dtype)
+            result[key] = value.new_zeros(is_real.shape).masked_scatter(is_real, values)
+        else:
+            values = pass_on(value[local].flatten(), [value[0].numel()] * len(lengths))
+            result[key] = values.view(len(own), *value.shape[1:])
+    return result
+
+
 def rebatch(
     micro_batches: list[dict[str, torch.Tensor | None]],
     accelerator: Accelerator,
@@ -323,15 +462,18 @@ def rebatch(
     pad_to_multiple_of: int | None = None,
 ) -> list[dict[str, torch.Tensor | None]]:
     """
-    Cuts the sequences of an optimizer step anew, those of all processes together.
+    Cuts the sequences of an optimizer step again, those of all processes together.
+
+    All processes see all lengths, and make the same plan. Then the sequences are sent to where they belong.
 
     Args:
         micro_batches (`list[dict[str, torch.Tensor | None]]`):
-            Those of this process, as TRL makes them: of equally many rows and equal widths.
+            Those of this process, as TRL makes them: of equally many rows and equal widths, prompts padded on the left
+            and completions on the right. Masks leave out padding, or a complete row.
         accelerator ([`~accelerate.Accelerator`]):
             Of the trainer. All processes must call this together.
         max_tokens (`int`, *optional*):
-            Most tokens of a micro-batch. If `None`, as many micro-batches as before, and none larger.
+            Maximum of tokens of a micro-batch. If `None`, as many micro-batches as before, and none larger.
         padding_free (`bool`, *optional*, defaults to `False`):
             Whether the forward pass leaves padding out.
         pad_to_multiple_of (`int`, *optional*):
@@ -342,7 +484,7 @@ def rebatch(
         has `num_sequences` and `num_tokens` of the optimizer step, as the mean over processes, whose gradients are
         averaged.
     """
-    num_processes = accelerator.num_processes
+    num_processes, process = accelerator.num_processes, accelerator.process_index
     batch = {
         key: value if value is None or value.dim() == 0 else torch.cat([part[key] for part in micro_batches])
         for key, value in micro_batches[0].items()
@@ -351,31 +493,21 @@ def rebatch(
         batch["importance_sampling_ratio"] = batch["importance_sampling_ratio"].expand_as(batch["completion_ids"])
     num_sequences = len(batch["prompt_ids"])
     lengths = torch.stack([batch["prompt_mask"].sum(1), batch["completion_mask"].sum(1)], dim=1)
-    lengths = accelerator.gather(lengths)
+    lengths = accelerator.gather(lengths.int())
     num_tokens = lengths[:, 1].sum() / num_processes
-    lengths = round_up(lengths, pad_to_multiple_of).cpu()
+    lengths = lengths.long().cpu()
+    shares = plan_processes(
+        round_up(lengths, pad_to_multiple_of), num_processes, len(micro_batches), max_tokens, padding_free
+    )
+    rows_of = [[row for rows, _ in share for row in rows] for share in shares]
     if num_processes > 1:
-        batch = resize(batch, *lengths.amax(0).tolist())
-        batch = {
-            key: value if value is None or value.dim() == 0 else accelerator.gather(value)
-            for key, value in batch.items()
-        }
-
-    prompts, completions = lengths.T.tolist()
-    if max_tokens is None:
-        most_rows = num_sequences // len(micro_batches)
-        limits = most_rows * int(lengths.amax(0).sum()), len(micro_batches) * num_processes
-    else:
-        limits = max_tokens, None
-    plan = plan_micro_batches(prompts, completions, *limits, num_processes, padding_free)
-    widths = [lengths[rows].amax(0).tolist() for rows in plan]
-    if padding_free:
-        tokens = [int(lengths[rows].sum()) for rows in plan]
-    else:
-        tokens = [len(rows) * sum(width) for rows, width in zip(plan, widths, strict=True)]
-    own = deal(list(zip(plan, widths, strict=True)), tokens, num_processes)[accelerator.process_index]
+        batch = exchange(batch, lengths, rows_of, process)
+    position_of = {row: position for position, row in enumerate(sorted(rows_of[process]))}
     counts = {"num_sequences": torch.tensor(num_sequences), "num_tokens": num_tokens}
-    return [{**resize(select(batch, rows), *width), **counts} for rows, width in own]
+    return [
+        {**resize(select(batch, [position_of[row] for row in rows]), *widths), **counts}
+        for rows, widths in shares[process]
+    ]
 
 
 def without_padding(model: Callable) -> Callable:

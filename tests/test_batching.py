@@ -5,11 +5,13 @@
 import itertools
 import random
 
+import launched
 import pytest
+import tiny
 import torch
 
 from luffy_trl import batching
-from luffy_trl.batching import deal, plan_micro_batches, resize, round_up, select
+from luffy_trl.batching import deal, place, plan_micro_batches, resize, round_up, select
 
 
 def padded_tokens(plan, prompts, completions):
@@ -250,3 +252,86 @@ def test_widths_are_multiples():
     lengths = torch.tensor([[0, 3], [4, 5]])
     assert round_up(lengths, 4).tolist() == [[4, 4], [4, 8]]
     assert round_up(lengths, None).tolist() == [[1, 3], [4, 5]]
+
+
+# ---------------------------------------------------------------------------------------------- between processes
+
+
+PER_TOKEN = (
+    "completion_ids",
+    "advantages",
+    "old_per_token_logps",
+    "importance_sampling_ratio",
+    "ref_per_token_logps",
+    "behavior_logps",
+    "demonstration_mask",
+)
+
+
+def real_values(row, key, value=None):
+    """A row's values, or those of one that it became, without padding."""
+    value = row[key] if value is None else value
+    if key == "prompt_ids":
+        return value[-int(row["prompt_mask"].sum()) :]
+    if key in PER_TOKEN and value.dim() == 1:
+        length = int(row["completion_mask"].sum())
+        return value.expand(length) if len(value) == 1 else value[:length]  # a ratio may be one for the sequence
+    return value
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 4])
+def test_sequences_arrive_where_the_plan_wants_them(tmp_path, num_processes):
+    """Each once and to the bit, in the micro-batches of the plan. Others send neither padding nor masks."""
+    ranks = tiny.launch("rebatched", tmp_path, num_processes) if num_processes > 1 else [launched.rebatched(tmp_path)]
+    for cases in zip(*ranks, strict=True):
+        options = cases[0]["options"]
+        rows = [{key: value[i] for key, value in case["before"].items()} for case in cases for i in range(12)]
+        lengths = torch.tensor([[int(row[f"{part}_mask"].sum()) for part in ("prompt", "completion")] for row in rows])
+        wide = round_up(lengths, options.get("pad_to_multiple_of"))
+        if "max_tokens" in options:
+            limits = options["max_tokens"], None
+        else:
+            limits = 4 * int(wide.amax(0).sum()), 3 * num_processes
+        plan = plan_micro_batches(*wide.T.tolist(), *limits, num_processes, options.get("padding_free", False))
+        numbers = [[(batch["number"] - 2**40).tolist() for batch in case["after"]] for case in cases]
+        assert sorted(sum(numbers, [])) == sorted(plan)
+        assert len({len(of_process) for of_process in numbers}) == 1
+
+        for process, (case, of_process) in enumerate(zip(cases, numbers, strict=True)):
+            num_bytes = 8 * (len(rows) - 12)  # lengths
+            for batch, of_batch in zip(case["after"], of_process, strict=True):
+                shared = {
+                    "num_items_in_batch": 18,
+                    "num_sequences": 12,
+                    "num_tokens": lengths[:, 1].sum() / num_processes,
+                }
+                for key, value in shared.items():
+                    assert batch.pop(key) == value
+                assert batch.pop("sampling_per_token_logps") is None and batch.keys() == case["before"].keys()
+                widths = wide[of_batch].amax(0).tolist()
+                for key, value in batch.items():
+                    assert value.dtype == case["before"][key].dtype and value.device == case["before"][key].device
+                    if value.dim() > 1 and key != "pair":
+                        assert value.size(1) == widths[0 if key.startswith("prompt") else 1]
+                for i, number in enumerate(of_batch):
+                    row, (prompt, completion) = rows[number], lengths[number].tolist()
+                    assert batch["prompt_mask"][i].tolist() == [0] * (widths[0] - prompt) + [1] * prompt
+                    assert batch["completion_mask"][i].tolist() == [1] * completion + [0] * (widths[1] - completion)
+                    for key in batch.keys() - {"prompt_mask", "completion_mask"}:
+                        expected = real_values(row, key)
+                        assert torch.equal(real_values(row, key, batch[key][i]), expected)
+                        if number // 12 != process:
+                            num_bytes += expected.numel() * (4 if key.endswith("_ids") else expected.element_size())
+            assert case["received"] == num_bytes * (num_processes > 1)
+
+
+def test_shares_stay_where_their_tokens_are():
+    # Three processes with two sequences each. The third share has most of its tokens on the first process.
+    assert place([[1, 2], [4, 5], [0, 3]], [50, 10, 5, 9, 20, 30]) == [2, 0, 1]
+    assert place([[2, 3], [0, 1]], [1, 1, 1, 1]) == [1, 0]
+    rng = random.Random(0)
+    for _ in range(20):
+        rows = rng.sample(range(64), 64)
+        assert sorted(place([rows[i : i + 8] for i in range(0, 64, 8)], [rng.randint(1, 9) for _ in rows])) == list(
+            range(8)
+        )
