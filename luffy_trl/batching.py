@@ -9,6 +9,7 @@ sorted by length, cut into micro-batches of any number of rows, each as wide as 
 processes so that all have as much to do. Which sequences an optimizer step sees does not change.
 """
 
+import inspect
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed
 from accelerate import Accelerator
+from torch import nn
 from torch.nn.functional import pad
 
 
@@ -508,6 +510,42 @@ def rebatch(
         {**resize(select(batch, [position_of[row] for row in rows]), *widths), **counts}
         for rows, widths in shares[process]
     ]
+
+
+def needs_position_ids(model: nn.Module) -> bool:
+    """
+    Whether padding on the left moves the tokens of a model: it has absolute positions, and counts columns.
+
+    Args:
+        model (`nn.Module`):
+            The model, which may have an adapter.
+
+    Returns:
+        `bool`: `False` for rotary positions, of which only distances matter, and where `forward` takes no position
+        ids.
+    """
+    model = getattr(model, "get_base_model", lambda: model)()
+    is_rotary = getattr(model.config.get_text_config(), "rope_parameters", None) is not None
+    return "position_ids" in inspect.signature(model.forward).parameters and not is_rotary
+
+
+def with_position_ids(model: Callable) -> Callable:
+    """
+    Makes a forward pass count positions from the first real token of each row, as generation does.
+
+    Args:
+        model (`Callable`):
+            A model.
+
+    Returns:
+        `Callable`: The same, with the attention mask by name.
+    """
+
+    def forward(*args, attention_mask: torch.Tensor, **kwargs):
+        position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        return model(*args, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
+
+    return forward
 
 
 def without_padding(model: Callable) -> Callable:

@@ -9,9 +9,13 @@ import launched
 import pytest
 import tiny
 import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
 
-from luffy_trl import batching
-from luffy_trl.batching import deal, place, plan_micro_batches, resize, round_up, select
+from luffy_trl import LuffyConfig, LuffyTrainer, batching
+from luffy_trl.batching import deal, needs_position_ids, place, plan_micro_batches, resize, round_up, select
 
 
 def padded_tokens(plan, prompts, completions):
@@ -335,3 +339,156 @@ def test_shares_stay_where_their_tokens_are():
         assert sorted(place([rows[i : i + 8] for i in range(0, 64, 8)], [rng.randint(1, 9) for _ in rows])) == list(
             range(8)
         )
+
+
+# ---------------------------------------------------------------------------------------------- absolute positions
+
+
+def make_gpt2(tokenizer):
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(tokenizer),
+            n_positions=64,
+            n_embd=16,
+            n_layer=2,
+            n_head=2,
+            initializer_range=0.3,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+class TwoUpdates(TrainerCallback):
+    """The gradients of two updates, and the weights that they belong to."""
+
+    def __init__(self):
+        self.weights, self.gradients = [], []
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        self.weights.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        self.gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"pad_to_multiple_of": 8},
+        {"max_tokens_per_microbatch": 40, "pad_to_multiple_of": 8},
+        {"max_tokens_per_microbatch": 40, "padding_free": True},
+        {"length_aware_batching": False},
+        {"length_aware_batching": False, "pad_to_multiple_of": 8},
+        {"lora": True, "pad_to_multiple_of": 8},
+    ],
+)
+def test_padding_does_not_move_absolute_positions(tmp_path, options):
+    """GPT-2 sees each token where generation does: gradients are those of each sequence on its own."""
+    tokenizer, recorder = tiny.make_tokenizer(), TwoUpdates()
+    options = dict(options)
+    lora = LoraConfig(target_modules=["c_attn"], r=4, fan_in_fan_out=True) if options.pop("lora", False) else None
+    make_gpt2(tokenizer).save_pretrained(tmp_path / "model")
+    trainer = LuffyTrainer(
+        str(tmp_path / "model"),
+        tiny.share_of_digits,
+        tiny.make_args(
+            tmp_path,
+            gradient_accumulation_steps=2,
+            steps_per_generation=4,
+            max_steps=2,
+            beta=0.3,
+            max_grad_norm=0.0,
+            **options,
+        ),
+        Dataset.from_list([{"prompt": "1" * 3 * i + "+1=", "demonstrations": [f"A{i}"]} for i in range(1, 5)]),
+        processing_class=tokenizer,
+        peft_config=lora,
+        callbacks=[recorder],
+    )
+
+    def answer(prompt_ids, completion_ids, logps, sampled):  # nothing is sampled, so that all runs have the same rows
+        for i in sampled:
+            rng = random.Random(f"{prompt_ids[i]}-{i}")
+            completion_ids[i] += [rng.randrange(6, 90) for _ in range(rng.randrange(2, 15))]
+
+    trainer._continue = answer
+    batches, compute_loss = [], trainer._compute_loss
+
+    def recording(model, inputs):
+        batches.append((trainer.state.global_step, inputs))
+        return compute_loss(model, inputs)
+
+    trainer._compute_loss = recording
+    trainer.train()
+
+    model = GPT2LMHeadModel.from_pretrained(tmp_path / "model")
+    if lora is not None:
+        model = get_peft_model(model, lora)
+    assert len(recorder.gradients) == 2
+    for step, (weights, gradients) in enumerate(zip(recorder.weights, recorder.gradients, strict=True)):
+        model.zero_grad()
+        for of_step, batch in batches:
+            for row in range(len(batch["prompt_ids"]) if of_step == step else 0):
+                ids = [
+                    batch[f"{part}_ids"][row][batch[f"{part}_mask"][row].bool()] for part in ("prompt", "completion")
+                ]
+
+                def logps_with(state):
+                    model.load_state_dict(state, strict=False)
+                    logits = model(input_ids=torch.cat(ids)[None]).logits[0, len(ids[0]) - 1 : -1]  # noqa: B023
+                    return logits.log_softmax(-1).gather(-1, ids[1][:, None]).squeeze(-1)  # noqa: B023
+
+                with torch.no_grad():
+                    ref_logps = old_logps = logps_with(recorder.weights[0])
+                logps = logps_with(weights)
+                ratio = (logps - old_logps).exp()
+                kl = (ref_logps - logps).exp() - (ref_logps - logps) - 1
+                if batch["demonstration_mask"][row].any():
+                    token_loss = -logps.exp() / (logps.exp() + 0.1) * batch["advantages"][row] + 0.3 * kl
+                else:
+                    token_loss = -ratio * batch["advantages"][row] + 0.3 * kl * ratio
+                (token_loss.sum() / (8 * 16)).backward()
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                torch.testing.assert_close(gradients[name], parameter.grad, atol=2e-6, rtol=2e-4)
+
+
+def test_plain_grpo_has_the_positions_of_trl(tmp_path):
+    tokenizer = tiny.make_tokenizer()
+    make_gpt2(tokenizer).save_pretrained(tmp_path / "model")
+    rows = [{"prompt": "1" * 3 * i + "+1="} for i in range(1, 5)]
+    own = {"num_demonstrations": 0, "ratio_clipping": "on_policy", "length_aware_batching": False}
+    weights = []
+    for trainer_class, args_class, options in [(GRPOTrainer, GRPOConfig, {}), (LuffyTrainer, LuffyConfig, own)]:
+        args = tiny.make_args(
+            tmp_path,
+            args_class,
+            loss_type="dr_grpo",
+            scale_rewards="none",
+            pad_to_multiple_of=8,
+            gradient_accumulation_steps=2,
+            max_steps=2,
+            **options,
+        )
+        trainer = trainer_class(
+            str(tmp_path / "model"), tiny.share_of_digits, args, Dataset.from_list(rows), processing_class=tokenizer
+        )
+        trainer.train()
+        weights.append(trainer.model.state_dict())
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_position_ids_are_passed_where_positions_are_absolute():
+    tokenizer = tiny.make_tokenizer()
+    assert needs_position_ids(make_gpt2(tokenizer))
+    assert needs_position_ids(
+        get_peft_model(make_gpt2(tokenizer), LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
+    )
+    assert not needs_position_ids(tiny.make_model(tokenizer))  # rotary: the distances between tokens are all it sees
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=8, hidden_size=8, n_layer=1, n_head=1))
+    assert not needs_position_ids(bloom)  # takes none
