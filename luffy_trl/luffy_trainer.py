@@ -47,7 +47,14 @@ from trl.trainer import grpo_trainer
 from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
 from trl.trainer.utils import get_config_model_id, nanmax, nanmin, nanstd
 
-from .batching import plan_micro_batches, rebatch, round_up, without_padding
+from .batching import (
+    needs_position_ids,
+    plan_micro_batches,
+    rebatch,
+    round_up,
+    with_position_ids,
+    without_padding,
+)
 from .checks import check_finite, check_machine, check_number_of_rows, check_reward_columns
 from .demonstrations import (
     DEMONSTRATION_COLUMNS,
@@ -229,7 +236,9 @@ class LuffyTrainer(GRPOTrainer):
                 "mixture of experts has no mean. Set `length_aware_batching=False`, or leave that loss out with "
                 "`output_router_logits=False` in the model's config."
             )
-        attention = self.accelerator.unwrap_model(self.model).config._attn_implementation
+        unwrapped_model = self.accelerator.unwrap_model(self.model)
+        self._needs_position_ids = not args.is_plain_grpo and needs_position_ids(unwrapped_model)
+        attention = unwrapped_model.config._attn_implementation
         if args.padding_free and "flash" not in (attention or ""):
             logger.warning(
                 f"`padding_free=True` is made for flash attention, and the model has {attention!r}: the numbers are the "
@@ -434,6 +443,8 @@ class LuffyTrainer(GRPOTrainer):
     ):
         if self.args.padding_free:
             model = without_padding(model)
+        elif self._needs_position_ids:
+            model = with_position_ids(model)
         is_text = not args and all(value is None for value in kwargs.values())
         if not (self.args.length_aware_batching and batch_size is not None and is_text):
             return super()._get_per_token_logps_and_entropies(
