@@ -9,12 +9,18 @@ sorted by length, cut into micro-batches of any number of rows, each as wide as 
 processes so that all have as much to do. Which sequences an optimizer step sees does not change.
 """
 
+import inspect
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed
 from accelerate import Accelerator
+from torch import nn
 from torch.nn.functional import pad
 
 
@@ -35,6 +41,10 @@ def round_up(lengths: torch.Tensor, multiple: int | None) -> torch.Tensor:
     return lengths if multiple is None else -(-lengths // multiple) * multiple
 
 
+# How many costs of micro-batches are kept in memory (8 bytes each). The others are computed again when needed.
+MAX_STORED_COSTS = 2**23
+
+
 def plan_micro_batches(
     prompt_lengths: list[int],
     completion_lengths: list[int],
@@ -46,62 +56,196 @@ def plan_micro_batches(
     """
     Cuts sequences, sorted by length, into micro-batches with the fewest padded tokens.
 
+    No other cut of the sorted sequences has fewer. Of equally good ones, the result is always the same one.
+
     Args:
         prompt_lengths (`list[int]`):
             Tokens of each prompt.
         completion_lengths (`list[int]`):
             Tokens of each completion, at least 1.
         max_tokens (`int`):
-            Most tokens that a micro-batch of several sequences may have: number of rows, times the longest prompt plus
-            the longest completion.
+            Maximum of tokens that a micro-batch of several sequences may have: number of rows, times the longest
+            prompt plus the longest completion.
         num_micro_batches (`int`, *optional*):
-            How many micro-batches to make, at most as many as there are sequences, and enough for `max_tokens`. None
-            is empty. If `None`, as few as `max_tokens` allows.
+            How many micro-batches to make, each of at least one sequence. If `None`, as few as `max_tokens` allows.
         multiple_of (`int`, *optional*, defaults to `1`):
             Without `num_micro_batches`, their number is a multiple of it. There must be as many sequences.
         padding_free (`bool`, *optional*, defaults to `False`):
             Whether a micro-batch has no padding, and its tokens are those of its sequences. Then the cut is the most
-            even one.
+            even one: its micro-batches have the smallest sum of squared tokens.
 
     Returns:
         `list[list[int]]`: Numbers of the sequences of each micro-batch, the longest first.
+
+    Raises:
+        ValueError: If there is no such cut.
     """
-    prompts, completions = np.array(prompt_lengths), np.array(completion_lengths)
+    prompts = np.array(prompt_lengths, dtype=np.int64)
+    completions = np.array(completion_lengths, dtype=np.int64)
     order = np.lexsort((-prompts, -completions))
-    prompts, completions = prompts[order], completions[order]
-    # tokens[i, j]: those of a micro-batch of the sequences from i to j
-    starts = np.arange(len(order))
-    is_run = starts[None] >= starts[:, None]
-    if padding_free:
-        ends = np.cumsum(prompts + completions)
-        tokens = ends[None] - ends[:, None] + (prompts + completions)[:, None]
-    else:
-        longest_prompts = np.maximum.accumulate(np.where(is_run, prompts[None], 0), axis=1)
-        tokens = (longest_prompts + completions[:, None]) * (starts[None] - starts[:, None] + 1)
-    is_allowed = is_run & ((tokens <= max_tokens) | (starts[None] == starts[:, None]))
+    runs = Runs(prompts[order], completions[order], max_tokens, padding_free)
+    fewest, cost_of_fewest = runs.cut_greedily()
     if num_micro_batches is None:
-        start, num_micro_batches = 0, 0
-        while start < len(order):  # each takes as many as fit, which makes the fewest
-            start += is_allowed[start].sum()
-            num_micro_batches += 1
-        num_micro_batches = -(-num_micro_batches // multiple_of) * multiple_of
-    weights = np.where(is_allowed, tokens.astype(float) ** (2 if padding_free else 1), np.inf)
+        num_micro_batches = -(-fewest // multiple_of) * multiple_of
+    if not fewest <= num_micro_batches <= len(order):
+        raise ValueError(
+            f"{len(order)} sequences make between {fewest} and {len(order)} micro-batches of at most {max_tokens} "
+            f"tokens, not {num_micro_batches}."
+        )
+    # Between these two numbers of micro-batches and what they cost, search for the price of a micro-batch at which the
+    # cheapest cut has the right number of them.
+    many, few = (len(order), runs.cost_alone), (fewest, cost_of_fewest)
+    best: tuple[int, np.ndarray, int] | None = None
+    while True:
+        price = (few[1] - many[1]) // max(many[0] - few[0], 1)
+        totals, number = runs.add_up(price)
+        total = int(totals[-1])
+        bound = total - price * num_micro_batches
+        if best is None or bound > best[0]:
+            best = bound, totals, price
+        cost = total - price * number
+        if number == num_micro_batches or (number, cost) in (many, few):
+            break
+        if number > num_micro_batches:
+            many = number, cost
+        else:
+            few = number, cost
+    cuts = runs.cut(*best[1:], num_micro_batches)
+    return [order[start:end].tolist() for start, end in pairwise(cuts)]
 
-    # costs[j]: least cost of the sequences before j in as many micro-batches as there have been rounds
-    costs = np.full(len(order) + 1, np.inf)
-    costs[0] = 0.0
-    cuts = []
-    for _ in range(num_micro_batches):
-        totals = costs[:-1, None] + weights
-        cuts.append(totals.argmin(axis=0))
-        costs = np.concatenate([[np.inf], totals.min(axis=0)])
 
-    end, micro_batches = len(order), []
-    for cut in reversed(cuts):
-        start = cut[end - 1]
-        micro_batches.append(order[start:end].tolist())
-        end = start
-    return micro_batches[::-1]
+class Runs:
+    """
+    The micro-batches that may be made of sorted sequences, and the cheapest cut of the sequences into them.
+
+    A micro-batch is a run: sequences that follow each other. Where a run is allowed, every part of it is. So the
+    runs that end before a sequence `end` start at `firsts[end]` or later, and only these few dozen are looked at.
+
+    To get a given number of micro-batches, each has a price. One pass (`add_up`) finds the cheapest cut at a price.
+    The right price leads to about the right number. The pass also tells, for each run, by how much every cut with this
+    run exceeds the cheapest one. `cut` searches the few runs where that is little, and finds the best cut of exactly
+    that number.
+    """
+
+    def __init__(self, prompts: np.ndarray, completions: np.ndarray, max_tokens: int, padding_free: bool):
+        self.prompts, self.completions, self.padding_free = prompts, completions, padding_free
+        self.ends = np.concatenate([[0], np.cumsum(prompts + completions)])
+        self.sizes = np.arange(len(prompts), 0, -1)
+        self.firsts, num_stored = [0], 0
+        self.stored: list[np.ndarray | None] = [None]
+        for end in range(1, len(prompts) + 1):
+            tokens = self._tokens(self.firsts[-1], end)
+            # The later the start, the fewer the tokens. A sequence may stand alone, however long.
+            num_allowed = max(1, int(np.searchsorted(tokens[::-1], max_tokens, side="right")))
+            self.firsts.append(end - num_allowed)
+            num_stored += num_allowed
+            self.stored.append(self._costs(tokens[-num_allowed:]) if num_stored <= MAX_STORED_COSTS else None)
+        self.cost_alone = int(self._costs(prompts + completions).sum())
+
+    def _tokens(self, first: int, end: int) -> np.ndarray:
+        """Tokens of the micro-batches that end before `end`, for each start from `first` on."""
+        if self.padding_free:
+            return self.ends[end] - self.ends[first:end]
+        longest_prompts = np.maximum.accumulate(self.prompts[first:end][::-1])[::-1]
+        return (longest_prompts + self.completions[first:end]) * self.sizes[len(self.sizes) - (end - first) :]
+
+    def _costs(self, tokens: np.ndarray) -> np.ndarray:
+        return tokens * tokens if self.padding_free else tokens
+
+    def costs(self, end: int) -> np.ndarray:
+        """Costs of the allowed micro-batches that end before `end`, by their starts."""
+        stored = self.stored[end]
+        return self._costs(self._tokens(self.firsts[end], end)) if stored is None else stored
+
+    def cut_greedily(self) -> tuple[int, int]:
+        """The smallest number of micro-batches, each as large as may be, and what they cost."""
+        number, cost, start = 0, 0, 0
+        while start < len(self.prompts):
+            end = bisect_right(self.firsts, start) - 1
+            cost += int(self.costs(end)[start - self.firsts[end]])
+            number, start = number + 1, end
+        return number, cost
+
+    def add_up(self, price: int) -> tuple[np.ndarray, int]:
+        """
+        With a price of each micro-batch: the lowest cost of the sequences before each end, and how many micro-batches
+        a cheapest cut has.
+        """
+        totals: np.ndarray = np.zeros(len(self.firsts), dtype=np.int64)
+        numbers = [0] * len(self.firsts)
+        for end in range(1, len(self.firsts)):
+            first = self.firsts[end]
+            candidates = totals[first:end] + self.costs(end)
+            number = int(candidates.argmin())
+            totals[end] = candidates[number] + price
+            numbers[end] = numbers[first + number] + 1
+        return totals, numbers[-1]
+
+    def cut(self, totals: np.ndarray, price: int, num_micro_batches: int) -> list[int]:
+        """
+        The cheapest cut into a number of micro-batches: where each starts, and where the last one ends. `totals` are
+        what `add_up` returned for a price that leads to about this number.
+        """
+        num_ends = len(self.firsts)
+        rest = np.full(num_ends, np.iinfo(np.int64).max)  # the lowest cost of the sequences from each end on
+        rest[-1] = 0
+        for end in range(num_ends - 1, 0, -1):
+            part = rest[self.firsts[end] : end]
+            np.minimum(part, self.costs(end) + (price + rest[end]), out=part)
+        excesses_of_ends = totals + rest - totals[-1]  # of every cut at this end, over the cheapest cut
+
+        def excesses(end: int) -> np.ndarray:
+            """By their starts, what the runs that end before `end` cost more than the cheapest way to it."""
+            return totals[self.firsts[end] : end] + self.costs(end) + (price - totals[end])
+
+        # The excess of a cut is the sum over its runs, and the best cut has 0 or about 1, save for unusual prompts. So
+        # all cuts up to a limit are found, and the limit is raised until one of them has the right number.
+        is_wanted, limit = (2 << num_micro_batches) - 1, 0
+        while True:
+            # For each end, by excess: into how many micro-batches the sequences before it can be cut, as bits
+            found: list[dict[int, int]] = [{0: 1}]
+            found_without: np.ndarray = np.zeros(num_ends, dtype=object)  # those without an excess
+            found_without[0] = 1
+            for end in range(1, num_ends):
+                spare = int(limit - excesses_of_ends[end])
+                at_end: dict[int, int] = {}
+                found.append(at_end)
+                if spare < 0:
+                    continue
+                of_runs = excesses(end)
+                starts = np.flatnonzero(of_runs <= spare)
+                of_starts = of_runs[starts]
+                starts += self.firsts[end]
+                if limit == 0:  # many runs, if many sequences are equally long
+                    at_end[0] = np.bitwise_or.reduce(found_without[starts])
+                else:
+                    for start, excess in zip(starts.tolist(), of_starts.tolist(), strict=True):
+                        for before, bits in found[start].items():
+                            if excess + before <= spare:
+                                at_end[excess + before] = at_end.get(excess + before, 0) | bits
+                seen = 0
+                for excess in sorted(at_end):  # only the lowest excess of each number matters
+                    bits = at_end[excess] << 1 & is_wanted & ~seen
+                    seen |= bits
+                    at_end[excess] = bits
+                found_without[end] = at_end.get(0, 0)
+            is_found = [excess for excess, bits in found[-1].items() if bits >> num_micro_batches & 1]
+            if is_found:
+                break
+            limit = max(1, 4 * limit)
+
+        (excess,) = is_found
+        cuts = [num_ends - 1]
+        while num_micro_batches > 0:
+            num_micro_batches -= 1
+            of_runs = excesses(cuts[-1])
+            for number in np.flatnonzero(of_runs <= excess).tolist():  # of equal ones, the longest micro-batch
+                start, before = self.firsts[cuts[-1]] + number, excess - int(of_runs[number])
+                if found[start].get(before, 0) >> num_micro_batches & 1:
+                    break
+            cuts.append(start)
+            excess = before
+        return cuts[::-1]
 
 
 def deal(micro_batches: list, tokens: list[int], num_processes: int) -> list[list]:
@@ -175,6 +319,143 @@ def select(batch: dict[str, torch.Tensor | None], rows: list[int]) -> dict[str, 
     return {key: value if value is None or value.dim() == 0 else value[rows] for key, value in batch.items()}
 
 
+def place(shares: list[list[int]], tokens: list[int]) -> list[int]:
+    """
+    Decides which process takes which share of the sequences, so that many of their tokens are there already.
+
+    Args:
+        shares (`list[list[int]]`):
+            Numbers of the sequences of each share, one share for each process.
+        tokens (`list[int]`):
+            Tokens of each sequence. Each process holds as many sequences, the first process the first ones.
+
+    Returns:
+        `list[int]`: For each process, the number of its share.
+    """
+    num_local = len(tokens) // len(shares)
+    overlaps: Counter[tuple[int, int]] = Counter()
+    for number, rows in enumerate(shares):
+        for row in rows:
+            overlaps[row // num_local, number] += tokens[row]
+    share_of: dict[int, int] = {}
+    placed: set[int] = set()
+    for process, number in sorted(overlaps, key=lambda pair: (-overlaps[pair], pair)):  # the largest overlaps first
+        if process not in share_of and number not in placed:
+            share_of[process] = number
+            placed.add(number)
+    others = (number for number in range(len(shares)) if number not in placed)
+    return [share_of[process] if process in share_of else next(others) for process in range(len(shares))]
+
+
+def plan_processes(
+    lengths: torch.Tensor,
+    num_processes: int,
+    num_micro_batches: int,
+    max_tokens: int | None = None,
+    padding_free: bool = False,
+) -> list[list[tuple[list[int], list[int]]]]:
+    """
+    Cuts the sequences of an optimizer step, and decides which process takes what.
+
+    Args:
+        lengths (`torch.Tensor`):
+            Of shape `(N, 2)`, the tokens of each prompt and completion. Each process holds as many sequences, the
+            first process the first ones.
+        num_processes (`int`):
+            Number of processes.
+        num_micro_batches (`int`):
+            Micro-batches of each process before, all of equally many sequences.
+        max_tokens (`int`, *optional*):
+            Maximum of tokens of a micro-batch. If `None`, as many micro-batches as before, and none larger.
+        padding_free (`bool`, *optional*, defaults to `False`):
+            Whether the forward pass leaves padding out.
+
+    Returns:
+        `list[list[tuple[list[int], list[int]]]]`: For each process its micro-batches: the numbers of their sequences,
+        and the widths of prompts and completions.
+    """
+    table = lengths.numpy()
+    prompts, completions = lengths.T.tolist()
+    if max_tokens is None:
+        rows_before = len(lengths) // (num_processes * num_micro_batches)
+        limits = rows_before * int(table.max(0).sum()), num_micro_batches * num_processes
+    else:
+        limits = max_tokens, None
+    plan = plan_micro_batches(prompts, completions, *limits, num_processes, padding_free)
+    sizes = np.array([len(rows) for rows in plan])
+    table, starts = table[np.concatenate(plan)], np.cumsum(sizes) - sizes
+    widths = np.maximum.reduceat(table, starts)
+    tokens = np.add.reduceat(table.sum(1), starts) if padding_free else sizes * widths.sum(1)
+    shares = deal(list(zip(plan, widths.tolist(), strict=True)), tokens.tolist(), num_processes)
+    numbers = place([[row for rows, _ in share for row in rows] for share in shares], lengths.sum(1).tolist())
+    return [shares[number] for number in numbers]
+
+
+def exchange(
+    batch: dict[str, torch.Tensor | None], lengths: torch.Tensor, rows_of: list[list[int]], process: int
+) -> dict[str, torch.Tensor | None]:
+    """
+    Sends each sequence to the process that takes it. All processes must call this together.
+
+    Nothing is sent of padding, which is 0 in what arrives. Nor are the masks, which the lengths determine.
+
+    Args:
+        batch (`dict[str, torch.Tensor | None]`):
+            The sequences of this process, as many as every other holds; see [`resize`].
+        lengths (`torch.Tensor`):
+            Of shape `(N, 2)`, the tokens of each prompt and completion of all processes, by the masks.
+        rows_of (`list[list[int]]`):
+            Numbers of the sequences that each process takes.
+        process (`int`):
+            Number of this process.
+
+    Returns:
+        `dict[str, torch.Tensor | None]`: The sequences that this process takes, in the order of their numbers.
+    """
+    num_local, width = batch["completion_ids"].shape
+    device = batch["completion_ids"].device
+    # What is sent to a process, and what arrives from one, is in the order of the numbers.
+    leaving = [sorted(row for row in rows if row // num_local == process) for rows in rows_of]
+    arriving: list[list[int]] = [[] for _ in rows_of]
+    for row in sorted(rows_of[process]):
+        arriving[row // num_local].append(row)
+    sent, own = ([row for rows in part for row in rows] for part in (leaving, arriving))
+    local = [row - process * num_local for row in sent]
+
+    def mask(rows: list[int], width: int, column: int) -> torch.Tensor:
+        """Where sequences have tokens: prompts (column 0) at their end, completions (column 1) at their start."""
+        positions = torch.arange(width, device=device)
+        return (positions.flip(0) if column == 0 else positions) < lengths[rows, column, None].to(device)
+
+    def pass_on(values: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+        """Exchanges flat values, of which each of all sequences has as many as `sizes` says."""
+        num_sent, num_received = ([sum(sizes[row] for row in rows) for rows in part] for part in (leaving, arriving))
+        received = values.new_empty(sum(num_received))
+        torch.distributed.all_to_all_single(received, values, num_received, num_sent)
+        return received
+
+    sizes = lengths.T.tolist()
+    result: dict[str, torch.Tensor | None] = {}
+    for key, value in batch.items():
+        column = 0 if key in ("prompt_ids", "prompt_mask") else 1
+        if value is None or value.dim() == 0:
+            result[key] = value
+        elif column == 0 or (value.dim() > 1 and value.size(1) == width):  # one value for each token
+            is_real = mask(own, int(lengths[own, column].max().clamp(min=1)), column)
+            if key in ("prompt_mask", "completion_mask"):
+                result[key] = is_real.to(value.dtype)
+                continue
+            values = value[local][mask(sent, value.size(1), column)]
+            if key in ("prompt_ids", "completion_ids"):
+                values = values.int()  # half of what int64 takes
+            values = pass_on(values, sizes[column]).to(value.dtype)
+            result[key] = value.new_zeros(is_real.shape).masked_scatter(is_real, values)
+        else:
+            values = pass_on(value[local].flatten(), [value[0].numel()] * len(lengths))
+            result[key] = values.view(len(own), *value.shape[1:])
+    return result
+
+
 def rebatch(
     micro_batches: list[dict[str, torch.Tensor | None]],
     accelerator: Accelerator,
@@ -183,15 +464,18 @@ def rebatch(
     pad_to_multiple_of: int | None = None,
 ) -> list[dict[str, torch.Tensor | None]]:
     """
-    Cuts the sequences of an optimizer step anew, those of all processes together.
+    Cuts the sequences of an optimizer step again, those of all processes together.
+
+    All processes see all lengths, and make the same plan. Then the sequences are sent to where they belong.
 
     Args:
         micro_batches (`list[dict[str, torch.Tensor | None]]`):
-            Those of this process, as TRL makes them: of equally many rows and equal widths.
+            Those of this process, as TRL makes them: of equally many rows and equal widths, prompts padded on the left
+            and completions on the right. Masks leave out padding, or a complete row.
         accelerator ([`~accelerate.Accelerator`]):
             Of the trainer. All processes must call this together.
         max_tokens (`int`, *optional*):
-            Most tokens of a micro-batch. If `None`, as many micro-batches as before, and none larger.
+            Maximum of tokens of a micro-batch. If `None`, as many micro-batches as before, and none larger.
         padding_free (`bool`, *optional*, defaults to `False`):
             Whether the forward pass leaves padding out.
         pad_to_multiple_of (`int`, *optional*):
@@ -202,7 +486,7 @@ def rebatch(
         has `num_sequences` and `num_tokens` of the optimizer step, as the mean over processes, whose gradients are
         averaged.
     """
-    num_processes = accelerator.num_processes
+    num_processes, process = accelerator.num_processes, accelerator.process_index
     batch = {
         key: value if value is None or value.dim() == 0 else torch.cat([part[key] for part in micro_batches])
         for key, value in micro_batches[0].items()
@@ -211,31 +495,57 @@ def rebatch(
         batch["importance_sampling_ratio"] = batch["importance_sampling_ratio"].expand_as(batch["completion_ids"])
     num_sequences = len(batch["prompt_ids"])
     lengths = torch.stack([batch["prompt_mask"].sum(1), batch["completion_mask"].sum(1)], dim=1)
-    lengths = accelerator.gather(lengths)
+    lengths = accelerator.gather(lengths.int())
     num_tokens = lengths[:, 1].sum() / num_processes
-    lengths = round_up(lengths, pad_to_multiple_of).cpu()
+    lengths = lengths.long().cpu()
+    shares = plan_processes(
+        round_up(lengths, pad_to_multiple_of), num_processes, len(micro_batches), max_tokens, padding_free
+    )
+    rows_of = [[row for rows, _ in share for row in rows] for share in shares]
     if num_processes > 1:
-        batch = resize(batch, *lengths.amax(0).tolist())
-        batch = {
-            key: value if value is None or value.dim() == 0 else accelerator.gather(value)
-            for key, value in batch.items()
-        }
-
-    prompts, completions = lengths.T.tolist()
-    if max_tokens is None:
-        most_rows = num_sequences // len(micro_batches)
-        limits = most_rows * int(lengths.amax(0).sum()), len(micro_batches) * num_processes
-    else:
-        limits = max_tokens, None
-    plan = plan_micro_batches(prompts, completions, *limits, num_processes, padding_free)
-    widths = [lengths[rows].amax(0).tolist() for rows in plan]
-    if padding_free:
-        tokens = [int(lengths[rows].sum()) for rows in plan]
-    else:
-        tokens = [len(rows) * sum(width) for rows, width in zip(plan, widths, strict=True)]
-    own = deal(list(zip(plan, widths, strict=True)), tokens, num_processes)[accelerator.process_index]
+        batch = exchange(batch, lengths, rows_of, process)
+    position_of = {row: position for position, row in enumerate(sorted(rows_of[process]))}
     counts = {"num_sequences": torch.tensor(num_sequences), "num_tokens": num_tokens}
-    return [{**resize(select(batch, rows), *width), **counts} for rows, width in own]
+    return [
+        {**resize(select(batch, [position_of[row] for row in rows]), *widths), **counts}
+        for rows, widths in shares[process]
+    ]
+
+
+def needs_position_ids(model: nn.Module) -> bool:
+    """
+    Whether padding on the left moves the tokens of a model: it has absolute positions, and counts columns.
+
+    Args:
+        model (`nn.Module`):
+            The model, which may have an adapter.
+
+    Returns:
+        `bool`: `False` for rotary positions, of which only distances matter, and where `forward` takes no position
+        ids.
+    """
+    model = getattr(model, "get_base_model", lambda: model)()
+    is_rotary = getattr(model.config.get_text_config(), "rope_parameters", None) is not None
+    return "position_ids" in inspect.signature(model.forward).parameters and not is_rotary
+
+
+def with_position_ids(model: Callable) -> Callable:
+    """
+    Makes a forward pass count positions from the first real token of each row, as generation does.
+
+    Args:
+        model (`Callable`):
+            A model.
+
+    Returns:
+        `Callable`: The same, with the attention mask by name.
+    """
+
+    def forward(*args, attention_mask: torch.Tensor, **kwargs):
+        position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        return model(*args, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
+
+    return forward
 
 
 def without_padding(model: Callable) -> Callable:

@@ -8,6 +8,7 @@ import asyncio
 import inspect
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from datasets import Dataset, IterableDataset
@@ -21,7 +22,7 @@ from .demonstrations import (
     check_columns,
     check_prompt,
     decode_completion,
-    tokenize_prompt,
+    tokenize_prompts,
 )
 from .luffy_config import LuffyConfig
 from .rewards import explain_math_verify_reward, math_verify_reward
@@ -137,11 +138,22 @@ def inspect_dataset(
     )
     total = len(dataset) if isinstance(dataset, Dataset) else max_rows
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=console is None) as progress:
+    batches = (
+        (rows, *_read_batch(rows, findings, function, args, max_prompt_length, num_examples))
+        for rows in dataset.iter(_ROWS_PER_BATCH)
+    )
+    failures: list[str] = []
+    progress = Progress(*columns, console=console, transient=True, disable=console is None)
+    with progress, ThreadPoolExecutor(1) as executor:
         task = progress.add_task("Reading rows", total=total)
-        for rows in dataset.iter(_ROWS_PER_BATCH):
-            _inspect_batch(rows, findings, function, args, reward_funcs, max_prompt_length, num_examples)
-            progress.update(task, completed=findings.num_rows)
+        # Read in a thread, while reward functions score what was read before: these may need the main thread
+        following = executor.submit(next, batches, None)
+        while (batch := following.result()) is not None:
+            following = executor.submit(next, batches, None)
+            rows, shown, completions = batch
+            _score(rows, shown, completions, args, reward_funcs, failures)
+            progress.update(task, advance=len(rows["prompt"]))
+    findings.problems += failures
     if findings.too_long and not findings.traces:
         findings.problems.append(
             f"All {len(findings.too_long)} traces have more tokens than `max_completion_length="
@@ -151,16 +163,11 @@ def inspect_dataset(
     return findings
 
 
-def _inspect_batch(rows, findings, function, args, reward_funcs, max_prompt_length, num_examples):
+def _read_batch(rows, findings, function, args, max_prompt_length, num_examples) -> tuple[list, list]:
+    """The traces that training shows, each with the position of its row and its token ids; and their completions."""
     first, kept, prompt_ids = findings.num_rows, [], {}
     findings.num_rows += len(rows["prompt"])
-    for position, prompt in enumerate(rows["prompt"]):
-        try:
-            check_prompt(prompt, first + position)
-            ids = tokenize_prompt(function.tokenizer, prompt, args.chat_template_kwargs)
-        except Exception as error:  # a chat template may raise anything
-            findings.problems.append(_with_row(error, first + position))
-            continue
+    for position, ids in _tokenize_prompts(rows["prompt"], first, function.tokenizer, args, findings.problems):
         if max_prompt_length is not None and len(ids) > max_prompt_length:
             findings.long_prompts.append((first + position, len(ids)))
             continue
@@ -172,9 +179,9 @@ def _inspect_batch(rows, findings, function, args, reward_funcs, max_prompt_leng
             (first + position, rows["prompt"][position], prompt_ids[position], [])
             for position in kept[: num_examples - len(findings.examples)]
         ]
-        return
+        return [], []
 
-    shown = []  # traces that training shows: position of the row, the trace, and its token ids
+    shown = []
     for position, traces in _tokenize(rows, kept, first, function, findings.problems):
         row, seen, prompt = first + position, [], rows["prompt"][position]
         findings.num_traces.append(len(traces))
@@ -204,8 +211,27 @@ def _inspect_batch(rows, findings, function, args, reward_funcs, max_prompt_leng
             example = list(zip(names, seen, strict=True))
             findings.examples.append((row, prompt, prompt_ids[position], example))
     findings.traces += [trace for _, trace, _ in shown]
-    if shown:
-        _score(rows, shown, prompt_ids, function.tokenizer, args, reward_funcs, findings.problems)
+    completions = [
+        decode_completion(function.tokenizer, rows["prompt"][position], prompt_ids[position], ids)
+        for position, _, ids in shown
+    ]
+    return shown, completions
+
+
+def _tokenize_prompts(prompts, first, tokenizer, args, problems) -> Iterator[tuple[int, list[int]]]:
+    """For each usable prompt its position and its ids. A bad one is a problem, and others go on."""
+    for batch in (range(len(prompts)), *([position] for position in range(len(prompts)))):
+        try:
+            for position in batch:
+                check_prompt(prompts[position], first + position)
+            ids = tokenize_prompts(tokenizer, [prompts[position] for position in batch], args.chat_template_kwargs)
+        except Exception as error:  # a chat template may raise anything
+            if len(batch) == 1:
+                problems.append(_with_row(error, first + batch[0]))
+            continue
+        yield from zip(batch, ids, strict=True)
+        if len(batch) == len(prompts):
+            return
 
 
 def _tokenize(rows, kept, first, function, problems) -> Iterator[tuple[int, list[tuple[str, list[int]]]]]:
@@ -232,12 +258,11 @@ def _with_row(error: Exception, row: int) -> str:
     return str(error) if str(error).startswith("row ") else f"row {row}: `prompt` cannot be rendered: {error}"
 
 
-def _score(rows, shown, prompt_ids, tokenizer, args, reward_funcs, problems):
+def _score(rows, shown, completions, args, reward_funcs, problems):
     """Rewards of the traces, from functions that are called as TRL calls them."""
+    if not shown:
+        return
     prompts = [rows["prompt"][position] for position, _, _ in shown]
-    completions = [
-        decode_completion(tokenizer, rows["prompt"][position], prompt_ids[position], ids) for position, _, ids in shown
-    ]
     columns = {
         name: [values[position] for position, _, _ in shown]
         for name, values in rows.items()

@@ -9,16 +9,21 @@ import os
 import random
 import signal
 import sys
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import cpu_engines
 import tiny
 import torch
+import torch.distributed
+from accelerate import Accelerator
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
 
 from luffy_trl import LuffyTrainer
+from luffy_trl.batching import rebatch
 
 
 class Recorder(TrainerCallback):
@@ -300,6 +305,67 @@ def canned(output_dir):
         "engine": f"zero{plugin.zero_stage}" if plugin else "fsdp" if trainer.is_fsdp_enabled else "ddp",
         "log_history": trainer.state.log_history,
     }
+
+
+def rebatched(output_dir):
+    """
+    Made-up micro-batches, cut again in several ways: what a process had and has, and the bytes it got from others.
+
+    Padding is junk, and processes have different widths.
+    """
+    accelerator = Accelerator(cpu=True)
+    received, gather, all_to_all = [], accelerator.gather, torch.distributed.all_to_all_single
+
+    def counting_gather(tensor):
+        received.append(tensor.numel() * tensor.element_size() * (accelerator.num_processes - 1))
+        return gather(tensor)
+
+    def counting_all_to_all(output, values, output_sizes, input_sizes):
+        num_own = output_sizes[accelerator.process_index]
+        received.append((output.numel() - num_own) * output.element_size())
+        return all_to_all(output, values, output_sizes, input_sizes)
+
+    results = []
+    for seed, options in enumerate(
+        [
+            {},
+            {"pad_to_multiple_of": 8},
+            {"max_tokens": 150},
+            {"max_tokens": 150, "pad_to_multiple_of": 8},
+            {"max_tokens": 200, "padding_free": True},
+            {"max_tokens": 1},
+        ]
+    ):
+        generator = torch.Generator().manual_seed(100 * seed + accelerator.process_index)
+        draw = partial(torch.randint, generator=generator)
+        prompt_width, width, is_per_token = 5 + accelerator.process_index, 40 - accelerator.process_index, seed % 2
+        prompt_lengths, lengths = draw(1, 6, (12, 1)), draw(1, 31, (12, 1))
+        lengths[draw(0, 12, (1,))] = 0  # a truncated completion that is masked out
+        before = {
+            "prompt_ids": draw(0, 10**6, (12, prompt_width)),
+            "prompt_mask": (torch.arange(prompt_width).flip(0) < prompt_lengths).long(),
+            "completion_ids": draw(0, 10**6, (12, width)),
+            "completion_mask": (torch.arange(width) < lengths).long(),
+            "advantages": draw(0, 10**6, (12, width) if is_per_token else (12,)) / 7,
+            "old_per_token_logps": draw(0, 10**6, (12, width)) / 7,
+            "importance_sampling_ratio": draw(0, 10**6, (12, width if is_per_token else 1)) / 7,
+            "ref_per_token_logps": (draw(0, 10**6, (12, width)) / 7).bfloat16(),
+            "behavior_logps": (draw(0, 10**6, (12, width)) / 7).double(),
+            "demonstration_mask": draw(0, 2, (12, width)).bool(),
+            "number": 2**40 + 12 * accelerator.process_index + torch.arange(12),  # no int32
+            "pair": draw(0, 10**6, (12, 2)),
+        }
+        shared = {"num_items_in_batch": torch.tensor(18), "sampling_per_token_logps": None}
+        batches = [{**{key: value[i : i + 4] for key, value in before.items()}, **shared} for i in (0, 4, 8)]
+        received.clear()
+        with (
+            patch.object(accelerator, "gather", counting_gather),
+            patch.object(torch.distributed, "all_to_all_single", counting_all_to_all),
+        ):
+            after = rebatch(batches, accelerator, **options)
+        results.append({"options": options, "before": before, "after": after, "received": sum(received)})
+    accelerator.end_training()
+    return results
 
 
 if __name__ == "__main__":

@@ -9,13 +9,18 @@ import pytest
 import tiny
 import trl
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
+from tokenizers.processors import TemplateProcessing
 from transformers import Qwen2Tokenizer
 
 from luffy_trl import LuffyTrainer
 from luffy_trl.demonstrations import (
     DemonstrationTokenizer,
+    decode,
+    encode,
     to_supervised,
     tokenize_demonstrations,
+    tokenize_prompt,
+    tokenize_prompts,
     without_doubled_think,
 )
 from luffy_trl.sources.dataset import choose_demonstrations
@@ -420,6 +425,55 @@ def test_an_error_in_a_stream_names_the_row():
     dataset = tokenize_demonstrations(IterableDataset.from_generator(lambda: iter(rows)), tokenizer, [1], 64)
     with pytest.raises(ValueError, match=r"row 1: `demonstrations\[0\]` is empty"):
         list(dataset)
+
+
+def test_many_texts_are_encoded_as_one_by_one():
+    texts = ["1+1=", "<think>\n2", "", "x" * 300, "<|im_start|>user\n1<|im_end|>", "a b"]
+    merged = tiny.make_tokenizer(merges=[("1", "+"), ("1+", "1"), ("x", "x")])
+    bos = tiny.make_tokenizer()
+    bos.backend_tokenizer.post_processor = TemplateProcessing("<|im_start|> $A", special_tokens=[("<|im_start|>", 2)])
+    left_over = tiny.make_tokenizer()  # what was said at an earlier call, and what a file may hold
+    left_over(texts, truncation=True, max_length=2, padding="max_length")
+    for tokenizer in (merged, bos, left_over):
+        for add_special_tokens in (True, False):
+            expected = [tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"] for text in texts]
+            tokenizer.backend_tokenizer.enable_truncation(2)
+            tokenizer.backend_tokenizer.enable_padding(length=400)
+            assert encode(tokenizer, texts, add_special_tokens) == expected
+    assert expected[3][:2] != encode(bos, texts, True)[3][:2]
+    assert encode(tokenizer, [], True) == []
+
+
+def test_a_tokenizer_with_methods_of_its_own_is_called():
+    class Lower(Qwen2Tokenizer):
+        def __call__(self, text, *args, **kwargs):
+            return super().__call__([part.lower() for part in text], *args, **kwargs)
+
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.__class__ = Lower
+    assert encode(tokenizer, ["AB", "CD"], True) == tiny.make_tokenizer()(["ab", "cd"])["input_ids"]
+
+
+@pytest.mark.parametrize("kinds", [(True, True), (False, False), (True, False)])
+def test_many_prompts_are_tokenized_as_one_by_one(kinds):
+    tokenizer = tiny.make_tokenizer(tiny.THINKING_CHATML)
+    prompts = [user(f"{i}+1=") if is_chat else f"{i}+1=" for i, is_chat in enumerate(kinds)]
+    expected = [tokenize_prompt(tokenizer, prompt) for prompt in prompts]
+    assert tokenize_prompts(tokenizer, prompts) == expected
+    for prompt, ids in zip(prompts, expected, strict=True):
+        if not isinstance(prompt, str):
+            assert ids == tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    tokenizer.chat_template = None
+    if any(kinds):
+        with pytest.raises(ValueError, match="the tokenizer has no chat template"):
+            tokenize_prompts(tokenizer, prompts)
+
+
+def test_decode_is_that_of_the_tokenizer():
+    tokenizer = tiny.make_tokenizer()
+    for ids in (tokenizer("<think>\n1+1=<|im_end|>")["input_ids"], [], [tokenizer.eos_token_id]):
+        for options in ({}, {"skip_special_tokens": True}):
+            assert decode(tokenizer, ids, **options) == tokenizer.decode(ids, **options)
 
 
 def test_tokenized_once_and_cached(tmp_path, monkeypatch):

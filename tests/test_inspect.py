@@ -4,6 +4,7 @@
 
 import io
 import json
+import threading
 
 import pytest
 import tiny
@@ -13,7 +14,7 @@ from rich.console import Console
 from transformers import AutoConfig
 
 from luffy_trl import LuffyConfig, LuffyTrainer
-from luffy_trl.data import load_data
+from luffy_trl.data import load_data, without_long_prompts
 from luffy_trl.estimates import GIB, cache_memory, model_from_config, training_memory, training_operations
 from luffy_trl.inspection import inspect_dataset, sources_of_prompt
 from luffy_trl.rewards import math_verify_reward
@@ -195,6 +196,41 @@ def test_rewards_are_weighed_and_failures_of_a_function_are_problems():
     args.reward_weights = None
     findings = inspect_dataset(Dataset.from_list(rows), tokenizer, [1], args, [broken, "a/reward-model"])
     assert findings.problems == ["The reward function `broken` fails: KeyError: 'gold'"]
+
+
+def test_rewards_are_given_in_the_main_thread_and_in_order(tmp_path):
+    """While it scores, what comes next is read in another thread."""
+
+    def length(completions, prompts, **kwargs):
+        assert threading.current_thread() is threading.main_thread()
+        if "70+1=" in prompts:
+            raise KeyError("gold")
+        return [float(len(completion)) for completion in completions]
+
+    rows = [{"prompt": f"{i}+1=", "demonstrations": ["x" * (1 + i % 5)] if i != 150 else [""]} for i in range(200)]
+    tokenizer, args = tiny.make_tokenizer(), tiny.make_args(tmp_path)
+    findings = inspect_dataset(Dataset.from_list(rows), tokenizer, [1], args, [length])
+    assert findings.problems == [
+        "row 150: `demonstrations[0]` is empty. Remove it: a row without a trace has an empty list, or None.",
+        "The reward function `length` fails: KeyError: 'gold'",
+    ]
+    assert [trace.row for trace in findings.traces] == [i for i in range(200) if i != 150]
+    for trace in findings.traces:
+        assert trace.rewards == [None if 64 <= trace.row < 128 else 1.0 + trace.row % 5]
+
+
+def test_a_prompt_that_cannot_be_rendered_is_one_problem_of_its_batch(tmp_path):
+    template = "{{ raise_exception('no x') if messages[0].content == 'x' }}" + tiny.CHATML
+    tokenizer, args = tiny.make_tokenizer(template), tiny.make_args(tmp_path)
+    rows = [{"prompt": chat(str(i))[1:], "demonstrations": ["1"]} for i in range(80)]
+    rows[70]["prompt"] = chat("x")[1:]
+    findings = inspect_dataset(Dataset.from_list(rows), tokenizer, [1], args, [tiny.share_of_digits])
+    assert findings.problems == ["row 70: `prompt` cannot be rendered: no x"]
+    assert len(findings.prompt_lengths) == len(findings.traces) == 79
+    with pytest.raises(ValueError, match="row 70: `prompt` cannot be rendered: no x"):
+        without_long_prompts(Dataset.from_list(rows), tokenizer, 100)
+    kept = without_long_prompts(Dataset.from_list(rows[:12]), tokenizer, findings.prompt_lengths[0])
+    assert [prompt[0]["content"] for prompt in kept["prompt"]] == [str(i) for i in range(10)]
 
 
 def test_an_unparsable_gold_and_a_cut_trace_are_reasons(tmp_path):

@@ -13,7 +13,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_f
 from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
-from ..demonstrations import check_prompt, check_prompt_column, tokenize_prompt
+from ..demonstrations import check_prompt, check_prompt_column, tokenize_prompt, tokenize_prompts
 
 
 logger = get_logger(__name__)
@@ -152,12 +152,24 @@ def without_long_prompts(
 
     def fits(row, index):
         check_prompt(row["prompt"], index)
-        return len(tokenize_prompt(tokenizer, row["prompt"], chat_template_kwargs)) <= max_length
+        try:
+            return len(tokenize_prompt(tokenizer, row["prompt"], chat_template_kwargs)) <= max_length
+        except Exception as error:  # a chat template may raise anything
+            raise ValueError(f"row {index}: `prompt` cannot be rendered: {error}") from error
+
+    def which_fit(rows, indices):
+        for prompt, index in zip(rows["prompt"], indices, strict=True):
+            check_prompt(prompt, index)
+        try:
+            all_ids = tokenize_prompts(tokenizer, rows["prompt"], chat_template_kwargs)
+        except Exception:  # of one of them
+            return [fits({"prompt": prompt}, index) for prompt, index in zip(rows["prompt"], indices, strict=True)]
+        return [len(ids) <= max_length for ids in all_ids]
 
     if isinstance(dataset, IterableDataset):
         return dataset.filter(fits, with_indices=True)
     with PartialState().main_process_first():
-        kept = dataset.filter(fits, with_indices=True, desc="Measuring prompts")
+        kept = dataset.filter(which_fit, with_indices=True, batched=True, desc="Measuring prompts")
     if len(kept) < len(dataset):
         logger.warning(
             f"{len(dataset) - len(kept)} of {len(dataset)} rows have a prompt of more than {max_length} tokens and "

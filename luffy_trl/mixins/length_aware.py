@@ -11,7 +11,14 @@ from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
 from trl import GRPOTrainer
 
-from ..batching import plan_micro_batches, rebatch, round_up, without_padding
+from ..batching import (
+    needs_position_ids,
+    plan_micro_batches,
+    rebatch,
+    round_up,
+    with_position_ids,
+    without_padding,
+)
 from ..groups import MixedBatch
 from ..metrics import RunningMetrics
 from .resuming import ResumingTrainer
@@ -50,7 +57,10 @@ class LengthAwareTrainer(ResumingTrainer):
                 "of a mixture of experts has no mean. Set `length_aware_batching=False`, or leave that loss out with "
                 "`output_router_logits=False` in the model's config."
             )
-        attention = self.accelerator.unwrap_model(self.model).config._attn_implementation
+        unwrapped_model = self.accelerator.unwrap_model(self.model)
+        # On its own cut, TRL passes none
+        self._needs_position_ids = self.args.length_aware_batching and needs_position_ids(unwrapped_model)
+        attention = unwrapped_model.config._attn_implementation
         if self.args.padding_free and "flash" not in (attention or ""):
             logger.warning(
                 f"`padding_free=True` is made for flash attention, and the model has {attention!r}: the numbers are "
@@ -127,6 +137,8 @@ class LengthAwareTrainer(ResumingTrainer):
     ):
         if self.args.padding_free:
             model = without_padding(model)
+        elif self._needs_position_ids:
+            model = with_position_ids(model)
         is_text = not args and all(value is None for value in kwargs.values())
         if not (self.args.length_aware_batching and batch_size is not None and is_text):
             return super()._get_per_token_logps_and_entropies(
