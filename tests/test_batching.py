@@ -382,8 +382,6 @@ class TwoUpdates(TrainerCallback):
         {"pad_to_multiple_of": 8},
         {"max_tokens_per_microbatch": 40, "pad_to_multiple_of": 8},
         {"max_tokens_per_microbatch": 40, "padding_free": True},
-        {"length_aware_batching": False},
-        {"length_aware_batching": False, "pad_to_multiple_of": 8},
         {"lora": True, "pad_to_multiple_of": 8},
     ],
 )
@@ -458,11 +456,13 @@ def test_padding_does_not_move_absolute_positions(tmp_path, options):
                 torch.testing.assert_close(gradients[name], parameter.grad, atol=2e-6, rtol=2e-4)
 
 
-def test_plain_grpo_has_the_positions_of_trl(tmp_path):
+@pytest.mark.parametrize("k", [0, 1])
+def test_on_its_own_cut_grpo_has_the_positions_of_trl(tmp_path, k):
+    """Without demonstrations, and with one of each group on rows that have none."""
     tokenizer = tiny.make_tokenizer()
     make_gpt2(tokenizer).save_pretrained(tmp_path / "model")
-    rows = [{"prompt": "1" * 3 * i + "+1="} for i in range(1, 5)]
-    own = {"num_demonstrations": 0, "ratio_clipping": "on_policy", "length_aware_batching": False}
+    rows = [{"prompt": "1" * 3 * i + "+1=", "demonstrations": []} for i in range(1, 5)]
+    own = {**tiny.PLAIN_GRPO, "num_demonstrations": k}
     weights = []
     for trainer_class, args_class, options in [(GRPOTrainer, GRPOConfig, {}), (LuffyTrainer, LuffyConfig, own)]:
         args = tiny.make_args(
