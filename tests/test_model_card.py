@@ -232,7 +232,7 @@ def test_a_model_card_tells_what_was_done(model_path, tmp_path):
     assert "datasets:\n- someone/data\n" in card and "pipeline_tag: text-generation" in card
     assert "1 of the 4 completions of each group is a demonstration from the dataset" in " ".join(card.split())
     assert "| policy shaping | regularized, gamma 0.1 |" in card and "| precision | float32 weights |" in card
-    data = "[someone/data](https://huggingface.co/datasets/someone/data), 1 row, with the reward function"
+    data = "[someone/data](https://huggingface.co/datasets/someone/data), 2 rows, with the reward function"
     assert f"{data} `share_of_digits`." in card
     assert "arXiv:2504.14945" in card and str(tmp_path) not in card and model_path not in card
     assert "- luffy-trl " in card and "- trl 1.16" in card
