@@ -167,7 +167,10 @@ def _read_batch(rows, findings, function, args, max_prompt_length, num_examples)
     """The traces that training shows, each with the position of its row and its token ids; and their completions."""
     first, kept, prompt_ids = findings.num_rows, [], {}
     findings.num_rows += len(rows["prompt"])
-    for position, ids in _tokenize_prompts(rows["prompt"], first, function.tokenizer, args, findings.problems):
+    positions = range(len(rows["prompt"]))
+    for position, ids in _tokenize_prompts(
+        rows["prompt"], positions, first, function.tokenizer, args, findings.problems
+    ):
         if max_prompt_length is not None and len(ids) > max_prompt_length:
             findings.long_prompts.append((first + position, len(ids)))
             continue
@@ -218,20 +221,20 @@ def _read_batch(rows, findings, function, args, max_prompt_length, num_examples)
     return shown, completions
 
 
-def _tokenize_prompts(prompts, first, tokenizer, args, problems) -> Iterator[tuple[int, list[int]]]:
+def _tokenize_prompts(prompts, positions, first, tokenizer, args, problems) -> Iterator[tuple[int, list[int]]]:
     """For each usable prompt its position and its ids. A bad one is a problem, and others go on."""
-    for batch in (range(len(prompts)), *([position] for position in range(len(prompts)))):
-        try:
-            for position in batch:
-                check_prompt(prompts[position], first + position)
-            ids = tokenize_prompts(tokenizer, [prompts[position] for position in batch], args.chat_template_kwargs)
-        except Exception as error:  # a chat template may raise anything
-            if len(batch) == 1:
-                problems.append(_with_row(error, first + batch[0]))
-            continue
-        yield from zip(batch, ids, strict=True)
-        if len(batch) == len(prompts):
+    try:
+        for position in positions:
+            check_prompt(prompts[position], first + position)
+        ids = tokenize_prompts(tokenizer, [prompts[position] for position in positions], args.chat_template_kwargs)
+    except Exception as error:  # a chat template may raise anything
+        if len(positions) == 1:
+            problems.append(_with_row(error, first + positions[0]))
             return
+        for position in positions:
+            yield from _tokenize_prompts(prompts, [position], first, tokenizer, args, problems)
+        return
+    yield from zip(positions, ids, strict=True)
 
 
 def _tokenize(rows, kept, first, function, problems) -> Iterator[tuple[int, list[tuple[str, list[int]]]]]:

@@ -299,6 +299,11 @@ def test_a_single_reward_in_a_recipe(tmp_path, monkeypatch):
     assert reward_func(["a", "b"]) == [1.0, 1.0]
 
 
+def test_evaluation_files_of_one_name():
+    with pytest.raises(ValueError, match="`eval_dataset_names` has two that are called 'test' in the log. Rename one"):
+        LuffyScriptArguments(eval_dataset_names=["a/other.jsonl", "a/test.jsonl", "b/test.parquet"])
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -157,7 +157,7 @@ def test_data_that_cannot_be_used(tmp_path):
     ):
         load_questions(data_files=[str(tmp_path / "b.jsonl")])
     Dataset.from_list([row("math", "1+1=", "2")]).select([]).to_parquet(tmp_path / "c.parquet")
-    with pytest.raises(ValueError, match="`data_files`: .*c.parquet has no rows"):
+    with pytest.raises(ValueError, match="c.parquet' has no rows"):
         load_questions(data_files=[file, str(tmp_path / "c.parquet")])
 
 

@@ -293,7 +293,7 @@ def test_the_key_is_not_printed(tmp_path, monkeypatch, capfd, written):
 
     refusals = [
         (401, {}, f"x{written}y".encode()),
-        (401, {}, b"z" * 490 + written.encode()),  # a message that is cut in its middle
+        (401, {}, b"z" * 470 + written.encode()),  # a message that is cut in its middle
         (307, {"Location": f"https://elsewhere/v2/{written}/chat/completions?key={written}"}),
         (302, {"Location": f"//{written}@elsewhere/login"}),
         (303, {"Location": written}),

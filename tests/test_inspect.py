@@ -227,6 +227,8 @@ def test_a_prompt_that_cannot_be_rendered_is_one_problem_of_its_batch(tmp_path):
     findings = inspect_dataset(Dataset.from_list(rows), tokenizer, [1], args, [tiny.share_of_digits])
     assert findings.problems == ["row 70: `prompt` cannot be rendered: no x"]
     assert len(findings.prompt_lengths) == len(findings.traces) == 79
+    alone = inspect_dataset(Dataset.from_list(rows[70:71]), tokenizer, [1], args, [tiny.share_of_digits])
+    assert alone.problems == ["row 0: `prompt` cannot be rendered: no x"]
     with pytest.raises(ValueError, match="row 70: `prompt` cannot be rendered: no x"):
         without_long_prompts(Dataset.from_list(rows), tokenizer, 100)
     kept = without_long_prompts(Dataset.from_list(rows[:12]), tokenizer, findings.prompt_lengths[0])

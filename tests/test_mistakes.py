@@ -156,6 +156,9 @@ def test_folders_that_cannot_be_read(tmp_path):
     DatasetDict(train=Dataset.from_list(RIGHT)).save_to_disk(tmp_path / "saved")
     with pytest.raises(ValueError, match="saved' has the splits train, and none called 'test'"):
         load_data(str(tmp_path / "saved"), "test")
+    (tmp_path / "saved" / "train" / "dataset_info.json").write_text("x")
+    with pytest.raises(ValueError, match="Line 1 of '.*saved/train/dataset_info.json' is no JSON"):
+        load_data(str(tmp_path / "saved"))
     with pytest.raises(ValueError, match="'someone/nothing' is no file or folder here, and no dataset on the Hub"):
         load_data("someone/nothing")  # the tests are offline
 

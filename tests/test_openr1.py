@@ -189,6 +189,16 @@ def test_contaminated_rows(tmp_path):
     [
         ({"text": "x"}, "row 7: the columns text are of no dataset that is known here"),
         ({"prompt": [{"role": "system", "content": "x"}]}, "row 7: `prompt` must hold a question"),
+        ({"prompt": None}, "row 7: `prompt` must hold a question"),
+        ({"prompt": [{"role": "human", "content": "x"}]}, "row 7: `prompt` has the roles 'human'. Call them 'user'"),
+        (
+            {"prompt": [{"from": "human", "value": "x"}]},
+            "row 7: `prompt` must .* Call `from` and `value` of a message",
+        ),
+        (
+            {"prompt": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]},
+            "row 7: `prompt` ends with a message of the assistant",
+        ),
         (
             openr1_row("1?", "1", ["a", "b"], complete=[True]),
             "row 7: `is_reasoning_complete` has 1 values for 2 traces",

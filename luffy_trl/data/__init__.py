@@ -46,7 +46,8 @@ def load_data(
     """
     path = Path(name)
     if path.is_dir() and any((path / file).exists() for file in ("state.json", "dataset_dict.json")):
-        dataset = load_from_disk(name)
+        with explained(name):
+            dataset = load_from_disk(name)
         if isinstance(dataset, DatasetDict):
             if split not in dataset:
                 raise ValueError(f"{name!r} has the splits {', '.join(dataset)}, and none called {split!r}.")

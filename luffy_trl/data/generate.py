@@ -483,9 +483,8 @@ def _run(args: GenerateArguments, checker: Checker, journal: Journal) -> Report:
     report = write_training_data(rows(), args, source, checker=checker, requests=dict(counts))
     if failures:
         print(
-            f"{sum(failures.values())} requests got no answer. "
-            "To ask for these again, and for these only, run the command once more, "
-            "with `--overwrite_output_dir`."
+            f"{sum(failures.values())} requests got no answer. To ask for these again, and for these only, run the "
+            "command once more, with `--overwrite_output_dir`."
         )
     return report
 

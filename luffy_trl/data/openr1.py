@@ -34,7 +34,13 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, HfArgumentParser
 
 from ..chat_templates import SYSTEM_PROMPT
-from ..demonstrations import DemonstrationTokenizer, find_eos_token_ids, load_generation_config, tokenize_prompt
+from ..demonstrations import (
+    DemonstrationTokenizer,
+    check_prompt,
+    find_eos_token_ids,
+    load_generation_config,
+    tokenize_prompt,
+)
 from ..errors import in_one_line, loading_model
 from ..redaction import without_credentials
 from ..rewards import math_verify_reward
@@ -222,6 +228,8 @@ def to_row(raw: dict[str, Any], number: int, system_prompt: str | None = None) -
             "`problem`), `answer` and `demonstrations`."
         )
     if not isinstance(prompt, str):
+        if prompt:
+            check_prompt(prompt, number)
         prompt = [{"role": message["role"], "content": message["content"]} for message in prompt or []]
     if not prompt or not question_of(prompt):
         raise ValueError(f"row {number}: `prompt` must hold a question, got {prompt!r}. Mend the row, or drop it.")

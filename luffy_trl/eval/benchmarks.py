@@ -264,7 +264,6 @@ def _load_files(files: list[str]) -> dict[str, list[Question]]:
             )
         if "data_source" not in columns:
             _check_file_name(file, named)
-        number = -1
         for number, row in enumerate(dataset):
             where = f"Row {number} of {file}"
             source = row.get("data_source", _stem(file))
@@ -285,8 +284,6 @@ def _load_files(files: list[str]) -> dict[str, list[Question]]:
                 text, options, gold = _split_options(where, text, gold)
             found = questions.setdefault(name, [])
             found.append(_question(where, name, len(found), text, gold, system_prompt, options, "", is_chat))
-        if number < 0:
-            raise ValueError(f"`data_files`: {file} has no rows.")
     if len(seen) < num_rows:
         logger.warning(f"{num_rows - len(seen)} of {num_rows} rows are repeats and count once; see `num_samples`.")
     return questions

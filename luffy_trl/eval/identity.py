@@ -5,12 +5,15 @@
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file, extract_commit_hash
 from transformers.utils.peft_utils import find_adapter_config_file
+
+from ..errors import loading_model
 
 
 # What identifies a model, and how messages call it.
@@ -69,7 +72,8 @@ def _hash(value: Any) -> str:
 
 def _identify_weights(name: str) -> str:
     if not Path(name).is_dir():
-        path = find_adapter_config_file(name) or cached_file(name, "config.json")
+        with loading_model(name):
+            path = find_adapter_config_file(name) or cached_file(name, "config.json")
         return f"commit {extract_commit_hash(path, None)}"
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted({path for pattern in _FILES for path in Path(name).glob(pattern)}):
@@ -110,9 +114,8 @@ def _sample(file: BinaryIO, start: int, end: int) -> Iterator[bytes]:
 
 
 def _identify_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    state: Any = json.loads(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab().items())
-    if isinstance(state, dict):  # these two say how it was last called
-        state = {name: value for name, value in state.items() if name not in ("truncation", "padding")}
-    state = [state, sorted(tokenizer.all_special_tokens), tokenizer.clean_up_tokenization_spaces]
-    return _hash(state)
+    state: Any = sorted(tokenizer.get_vocab().items())
+    with suppress(Exception):  # of a tokenizer in Python, or with parts in it
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        state = {name: value for name, value in state.items() if name not in ("truncation", "padding")}  # of a call
+    return _hash([state, sorted(tokenizer.all_special_tokens), tokenizer.clean_up_tokenization_spaces])

@@ -107,6 +107,11 @@ class LuffyScriptArguments(ScriptArguments):
         for name in ("eval_dataset_names", "reward_funcs"):  # a single one in a YAML file is no list
             if isinstance(getattr(self, name), str):
                 setattr(self, name, [getattr(self, name)])
+        stems = [Path(name).stem for name in self.eval_dataset_names or []]
+        if len(set(stems)) < len(stems):
+            raise ValueError(
+                f"`eval_dataset_names` has two that are called {max(stems, key=stems.count)!r} in the log. Rename one."
+            )
 
 
 def _import_module(name: str) -> ModuleType:
