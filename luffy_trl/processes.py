@@ -3,10 +3,12 @@
 """What several processes of a run need that accelerate leaves to chance."""
 
 import ctypes
+import gc
 import os
 import shutil
 import signal
 import sys
+import time
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,12 +50,15 @@ class OneStream(TorchIterableDataset):
 
 def end_processes():
     """
-    Closes the process group when Python ends, as `trainer.end()` does.
+    Closes the process group when Python ends, as `trainer.end()` does, and waits for its threads.
 
-    After an unhandled error it is left open: closing it may wait for processes that wait for this one.
+    One that still holds the tensors of the last collective, on a busy machine, would find Python gone, and abort the
+    process. After an unhandled error the group is left open: closing it may wait for processes that wait for this one.
     """
     if getattr(sys, "last_value", None) is None:
         PartialState().destroy_process_group()
+        gc.collect()  # a DDP model holds the group too, and its threads end with the last that does
+        time.sleep(0.2)  # for those that are held on to all the same
 
 
 def start_script():
