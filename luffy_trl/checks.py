@@ -164,9 +164,9 @@ def check_finite(name: str, value: torch.Tensor | float, step: int, output_dir: 
     value = float(value)
     if not math.isfinite(value):
         raise FloatingPointError(
-            f"The {name} of update {step} is {value}. Training stops before anything of it is saved: the last "
-            f"checkpoint in {output_dir!r} is sound. Look at the metrics before this update; a lower `learning_rate` "
-            "or `demonstration_ratio_max` may help."
+            f"The {name} of update {step} is {value}. Training stops before anything of it is saved; checkpoints in "
+            f"{output_dir!r} are from before. Look at the rewards and metrics until then; a lower `learning_rate` or "
+            "`demonstration_ratio_max` may help."
         )
 
 

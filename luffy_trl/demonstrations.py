@@ -478,7 +478,13 @@ def check_prompt_column(dataset: Dataset | IterableDataset) -> list[str]:
         raise ValueError("`train_dataset` is empty. Check the file, the split and the filters that it went through.")
     columns = dataset.column_names or list(first_row)
     if "prompt" not in columns:
-        raise ValueError(f"`train_dataset` has no column `prompt`, only {columns}. Rename the one with the problems.")
+        conversation = next((name for name in ("messages", "conversations") if name in columns), None)
+        remedy = "Rename the one with the problems."
+        if conversation:
+            remedy = (
+                f"Split `{conversation}`: the messages up to the last user's are `prompt`, the answer `completion`."
+            )
+        raise ValueError(f"`train_dataset` has no column `prompt`, only {columns}. {remedy}")
     return columns
 
 

@@ -89,6 +89,9 @@ def explained_arguments(args: TrainingArguments):
     for name in ("save_strategy", "eval_strategy", "logging_strategy"):
         if getattr(args, name) is False:  # YAML's `no`
             setattr(args, name, "no")
+    # TRL's default, under the name that transformers does not warn of
+    if args.gradient_checkpointing and getattr(args, "activation_checkpointing", True) is None:
+        args.activation_checkpointing = True
     try:
         yield
     except ValueError as error:
@@ -482,9 +485,6 @@ class LuffyConfig(GRPOConfig):
         return {"revision": revision, "trust_remote_code": self.trust_remote_code}
 
     def __post_init__(self):
-        # TRL's default, under the name that transformers does not warn of
-        if self.gradient_checkpointing and getattr(self, "activation_checkpointing", True) is None:
-            self.activation_checkpointing = True
         try:
             with explained_arguments(self):
                 super().__post_init__()

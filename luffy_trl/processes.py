@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from accelerate import PartialState
@@ -102,8 +102,30 @@ def check_output_dir(args: TrainingArguments, overwrite: bool):
             "`--overwrite_output_dir true`."
         )
     if args.process_index == 0:
-        for path in checkpoints:
-            shutil.rmtree(path)
+        with _lock(args.output_dir):  # of a run that writes to them, nothing is deleted
+            for path in checkpoints:
+                shutil.rmtree(path)
+
+
+@contextmanager
+def _lock(output_dir: str):
+    """Holds the lock of a folder in this process; a `ValueError` if another run does."""
+    # The Hub leaves out files whose names begin like this
+    lock = FileLock(Path(output_dir) / "_run.lock")
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"Another run writes to `output_dir` {output_dir!r}. Wait for its end, or choose another folder."
+        ) from None
+    except NotImplementedError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 @contextmanager
@@ -115,26 +137,15 @@ def locked(output_dir: str):
         ValueError: If another run holds it.
     """
     state = PartialState()
-    # The Hub leaves out files whose names begin like this
-    lock = FileLock(Path(output_dir) / "_run.lock") if state.is_main_process else None
-    is_free = True
-    if lock is not None:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            is_free = False
-        except NotImplementedError:
-            pass  # a file system without locks
-    if state.num_processes > 1:
-        is_free = broadcast_object_list([is_free], from_process=0)[0]
-    if not is_free:
-        raise ValueError(
-            f"Another run writes to `output_dir` {output_dir!r}. Wait for its end, or choose another folder."
-        )
-    try:
+    with ExitStack() as stack:
+        error: ValueError | None = None
+        if state.is_main_process:
+            try:
+                stack.enter_context(_lock(output_dir))
+            except ValueError as refused:
+                error = refused
+        if state.num_processes > 1:
+            error = broadcast_object_list([error], from_process=0)[0]
+        if error is not None:
+            raise error
         yield
-    finally:
-        if lock is not None:
-            Path(lock.lock_file).unlink(missing_ok=True)
-            lock.release()

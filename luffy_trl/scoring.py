@@ -9,6 +9,7 @@ itself, with all rows each time.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -57,6 +58,11 @@ def score_once(reward_func: Callable | nn.Module, number: int, get_batch: Callab
         if len(rewards) != len(rows):
             return rewards  # TRL says what is wrong
         for i, reward in zip(rows, rewards, strict=True):
+            if isinstance(reward, str) or (reward is not None and math.isinf(reward)):
+                name = getattr(reward_func, "__name__", type(reward_func).__name__)
+                raise ValueError(
+                    f"The reward function `{name}` returned {reward!r}. A reward is a finite number, or None."
+                )
             batch.scores[i][number] = reward
         return [scores[number] for scores in batch.scores]
 

@@ -247,6 +247,9 @@ def test_two_runs_at_once(tmp_path, monkeypatch, capsys):
     code = "import time, luffy_trl.processes as p\nwith p.locked('out'): print(1, flush=True); time.sleep(999)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"1\n"
+        (tmp_path / "out" / "checkpoint-1").mkdir()
+        assert cli.main(["train", *arguments, "--overwrite_output_dir", "true"]) == 1
+        (tmp_path / "out" / "checkpoint-1").rmdir()  # it is there: nothing of a run that writes is deleted
         assert cli.main(["train", *arguments]) == 1
         other.kill()
     last_line = capsys.readouterr().err.strip().splitlines()[-1]

@@ -12,6 +12,7 @@ import time
 import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import httpx
 import pytest
 from datasets import Dataset, load_dataset
 
@@ -124,6 +125,17 @@ def test_rows_and_requests(tmp_path):
         ({"reasoning_content": None, "reasoning": "Hm."}, "<think>\nHm.\n</think>\n\n\\boxed{1}"),
         ({"reasoning_content": None, "content": "Hm.</think>\\boxed{1}"}, "<think>\nHm.</think>\\boxed{1}"),
         ({"reasoning_content": "", "content": "<think>\nHm.</think>\\boxed{1}"}, "<think>\nHm.</think>\\boxed{1}"),
+        (
+            {
+                "reasoning_content": "",
+                "content": [{"type": "text", "text": "<think>\nHm.</think>"}, {"text": "\\boxed{1}"}],
+            },
+            "<think>\nHm.</think>\\boxed{1}",
+        ),
+        (
+            {"reasoning_content": "", "content": "<think>\nHm \ud800.</think>\\boxed{1}"},
+            "<think>\nHm ?.</think>\\boxed{1}",
+        ),
     ],
 )
 def test_ways_to_return_the_reasoning(tmp_path, message, trace):
@@ -212,6 +224,21 @@ def test_retry_after_holds_for_all(tmp_path):
     assert min(late) >= 2
     assert len(late) >= 3
     assert len(endpoint.times) == 7
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"), [("inf", 3600), ("99999999", 3600), ("nan", 0), ("-1", 0), ("soon", None), ("1.5", 1.5)]
+)
+def test_how_long_to_wait(header, seconds):
+    assert generate.retry_after(httpx.Response(429, headers={"Retry-After": header})) == seconds
+
+
+@pytest.mark.parametrize(
+    "body", ["[" * 100_000, '{"choices": [{"message": {"content": 5}}]}', '{"choices": [{"message": 5}]}']
+)
+def test_what_is_no_chat_completion(body):
+    with pytest.raises(httpx.DecodingError, match="not a chat completion"):
+        generate.read_answer(httpx.Response(200, text=body))
 
 
 def test_requests_under_way_are_limited(tmp_path):

@@ -25,6 +25,7 @@ from luffy_trl import LuffyConfig, LuffyTrainer
 from luffy_trl.checks import check_model, check_vllm_server, has_bf16
 from luffy_trl.data import load_data
 from luffy_trl.data.openr1 import stream
+from luffy_trl.demonstrations import check_prompt_column
 from luffy_trl.errors import in_one_line
 from luffy_trl.scripts import sft, train
 
@@ -266,7 +267,7 @@ def test_traces_that_the_reward_rejects(luffy_train, tmp_path, monkeypatch, capl
     with pytest.raises(
         ValueError,
         match=r"The reward rejects all 8 traces of the first 8 rows, such as row 0, demonstrations\[0\]: no "
-        "`</think>`, which `require_think` asks for. .* mend the traces or `reward_funcs`",
+        "`</think>`, which `require_think` asks for. .* fix the traces, `reward_funcs` or `require_think`",
     ):
         luffy_train(rows, require_think="true")
     monkeypatch.chdir(tmp_path)
@@ -481,3 +482,23 @@ class Health(BaseHTTPRequestHandler):
 
     def log_message(self, *args):
         pass
+
+
+def test_numbers_in_a_csv_are_texts(tmp_path):
+    """An answer, and a trace, may be a number, which a reader of csv would take for one."""
+    (tmp_path / "rows.csv").write_text("prompt,completion,answer,level\n7*8=,56,56,1\n1/4=,0.250,0.250,2\n")
+    rows = load_data(str(tmp_path / "rows.csv")).to_list()
+    assert rows == [
+        {"prompt": "7*8=", "completion": "56", "answer": "56", "level": 1},
+        {"prompt": "1/4=", "completion": "0.250", "answer": "0.250", "level": 2},
+    ]
+    assert list(load_data(str(tmp_path / "rows.csv"), streaming=True)) == rows
+
+
+@pytest.mark.parametrize("name", ["messages", "conversations"])
+def test_a_conversation_instead_of_a_prompt(name):
+    rows = Dataset.from_list([{name: [{"role": "user", "content": "1+1="}]}])
+    with pytest.raises(
+        ValueError, match=f"Split `{name}`: the messages up to the last user's are `prompt`, the answer"
+    ):
+        check_prompt_column(rows)

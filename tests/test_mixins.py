@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
+from luffy_trl import LuffyTrainer
 from luffy_trl.groups import Caches, Demonstration, MixedBatch
 from luffy_trl.mixins.model_cards import CardTrainer
 from luffy_trl.mixins.resuming import ResumingTrainer
@@ -97,3 +98,13 @@ def test_a_card(model_path, tmp_path):
     card = (tmp_path / "stock" / "README.md").read_text()
     assert "share_of_digits" in card and "GRPO" in card and "- extra" in card
     assert "policy shaping" not in card and "LUFFY" not in card
+
+
+@pytest.mark.parametrize(("reward", "shown"), [(float("inf"), "inf"), (float("-inf"), "-inf"), ("1.0", "'1.0'")])
+def test_a_reward_that_is_no_finite_number(model_path, tmp_path, reward, shown):
+    def odd(completions, **kwargs):
+        return [0.0] * (len(completions) - 1) + [reward]
+
+    trainer = LuffyTrainer(model_path, odd, tiny.make_args(tmp_path), Dataset.from_list(tiny.addition_rows(2)))
+    with pytest.raises(ValueError, match=f"The reward function `odd` returned {shown}. A reward is a finite number"):
+        trainer.train()

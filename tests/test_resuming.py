@@ -149,6 +149,24 @@ def test_a_checkpoint_of_version_0_1(tmp_path, caplog, budget):
     assert generated_rows(max_tokens_per_microbatch=budget, beta=0.1) == 12
 
 
+@pytest.mark.parametrize("fault", ["a list", "no metrics", "too few batches"])
+def test_a_file_that_no_checkpoint_keeps(tmp_path, caplog, fault):
+    tiny.save_tiny_model(tmp_path / "model")
+    make_trainer(tmp_path, max_steps=2).train()
+    file = tmp_path / "out" / "checkpoint-2" / "generation_0.pt"
+    state = torch.load(file)
+    if fault == "no metrics":
+        del state["metrics"]
+    elif fault == "too few batches":
+        state["buffered_inputs"] = state["buffered_inputs"][:1]
+    torch.save([1, 2] if fault == "a list" else state, file)
+    trainer = make_trainer(tmp_path, max_steps=3)
+    generated = tiny.count_generated_rows(trainer.model)
+    trainer.train(resume_from_checkpoint=True)
+    assert "lies within a generation batch, which cannot be used: generation_0.pt" in caplog.text
+    assert generated == [12]
+
+
 @pytest.mark.parametrize("fault", ["missing", "broken"])
 def test_a_process_without_its_file(tmp_path, fault):
     """Both processes generate again, instead of one waiting for the other for ever."""

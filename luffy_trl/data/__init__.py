@@ -59,7 +59,7 @@ def load_data(
             raise ValueError(f"There is no file {name!r}. Check `dataset_name`, `eval_dataset_names` or `data_files`.")
         if path.stat().st_size == 0:
             raise ValueError(f"{name!r} is an empty file. It needs a row for each problem.")
-        source = {"path": BUILDERS[suffix], "data_files": name, "split": "train"}
+        source: dict[str, Any] = {"path": BUILDERS[suffix], "data_files": name, "split": "train"}
     elif path.is_file():
         raise ValueError(
             f"{name!r} is a file of another format than {', '.join(BUILDERS)}. Write a .jsonl file: in each line a "
@@ -67,6 +67,8 @@ def load_data(
         )
     else:
         source = {"path": name, "name": config, "split": split}
+    if suffix == ".csv":  # where 56 may be an answer, and a trace
+        source["converters"] = dict.fromkeys(("prompt", "completion", "answer", "solution"), _as_text)
     with explained(name):
         dataset = load_dataset(**source, streaming=streaming)
         # What is wrong with a local file would show later, and without its name
@@ -76,6 +78,10 @@ def load_data(
     if is_empty:
         raise ValueError(f"{name!r} has no rows.")
     return dataset
+
+
+def _as_text(cell: str) -> str | None:
+    return cell or None
 
 
 @contextmanager

@@ -39,6 +39,7 @@ except ImportError as error:
     raise ImportError("To ask a teacher for traces, httpx is needed: `pip install luffy-trl[data]`.") from error
 
 
+_MAX_WAIT = 3600.0  # seconds: an endpoint that asks for more is asked again
 _RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 _LONGEST_WAIT = 60.0  # seconds; where the endpoint does not say
 
@@ -292,17 +293,17 @@ def retry_after(response: httpx.Response) -> float | None:
             A response, perhaps with the header `Retry-After`: seconds, or a date.
 
     Returns:
-        `float` or `None`: Seconds, if it asks for any.
+        `float` or `None`: Seconds, if it asks for any; an hour at most.
     """
     value = response.headers.get("retry-after", "").strip()
     try:
-        return max(0.0, float(value))
+        seconds = float(value)
     except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
-        return None
+        try:
+            seconds = parsedate_to_datetime(value).timestamp() - time.time()
+        except ValueError:
+            return None
+    return min(max(0.0, seconds), _MAX_WAIT)
 
 
 def read_answer(response: httpx.Response) -> dict[str, Any]:
@@ -323,15 +324,24 @@ def read_answer(response: httpx.Response) -> dict[str, Any]:
         body = response.json()
         choice = body["choices"][0]
         message = choice["message"]
-        reasoning = message.get("reasoning_content") or message.get("reasoning")
-        trace = message.get("content") or ""
+        reasoning = _text(message.get("reasoning_content") or message.get("reasoning"))
+        trace = _text(message.get("content"))
         if reasoning:
             trace = f"<think>\n{reasoning.strip()}\n</think>\n\n{trace.strip()}"
         elif "</think>" in trace and "<think>" not in trace:  # the teacher's template had opened it
             trace = f"<think>\n{trace.lstrip()}"
         return {"trace": trace, "finish_reason": choice.get("finish_reason"), "usage": body.get("usage")}
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise httpx.DecodingError(f"not a chat completion: {response.text[:200]!r}") from error
+
+
+def _text(content: str | list[dict[str, Any]] | None) -> str:
+    """The text of a message, which some servers give in parts, without what is no character."""
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str | None):
+        raise TypeError(f"content of type {type(content).__name__}")
+    return (content or "").encode(errors="replace").decode()
 
 
 def teacher_messages(row: dict[str, Any], args: GenerateArguments) -> list[dict[str, str]]:

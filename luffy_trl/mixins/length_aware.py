@@ -81,7 +81,8 @@ class LengthAwareTrainer(ResumingTrainer):
 
     def load_generation_state(self, state: dict[str, Any]):
         super().load_generation_state(state)
-        self.running_metrics.load_state_dict(state["running_metrics"])
+        if "running_metrics" in state:
+            self.running_metrics.load_state_dict(state["running_metrics"])
 
     def forget_generation(self):
         super().forget_generation()

@@ -171,7 +171,7 @@ def check_first_rows(dataset, tokenizer, training_args: LuffyConfig, model_args:
         message = (
             f"The reward rejects all {len(traces)} traces of the first {findings.num_rows} rows, such as row "
             f"{traces[0].row}, {traces[0].name}: {traces[0].reason}. A demonstration without a reward teaches "
-            "nothing: mend the traces or `reward_funcs`. `luffy inspect` shows what each trace earns."
+            "nothing: fix the traces, `reward_funcs` or `require_think`. `luffy inspect` shows what each trace earns."
         )
         if all(without_options(func) in REWARD_FUNCS.values() for func in reward_funcs):
             raise ValueError(message)
