@@ -46,6 +46,7 @@ EQUATION = re.compile(
 )
 PLAIN_NUMBER = re.compile(r"(?<![\d.])\d+(?:\.\d+)?(?!\.?\d)")
 NAMED_OPERATORS = re.compile(r"(?<=\d)\s*([-+*/÷]|\bx\b)\s*(?=[$€£]?\d)")
+DANGLING = re.compile(r"(?:[-+*/÷=(]|\bx)\s*$")
 UNIT = re.compile(r"/[A-Za-z]+|\b(?!x\b)[A-Za-z]+\b|[$€£]")
 
 
@@ -74,6 +75,9 @@ def check(trace: str, answer: str) -> bool:
     equations = [equation for line in lines for equation in EQUATION.finditer(line)]
     if not equations or trace.count("=") != len(equations):
         return False
+    # An operator in front belongs to an operand that cannot be read, such as T in T + 3 + 3 = 6
+    if any(DANGLING.search(equation.string[: equation.start()]) for equation in equations):
+        return False
     return all(evaluate(equation["left"]) == value(equation["right"]) for equation in equations) and (
         value(equations[-1]["right"]) == int(answer)
     )
@@ -96,8 +100,8 @@ def with_changes(text: str, changes: dict[str, str]) -> str:
 
 def with_slip(trace: str, rng: random.Random) -> tuple[str, str] | None:
     """
-    A solution that goes wrong in one line, and goes on rightly from there, and the wrong answer that it ends in; `None`
-    if no line can be changed so that the answer is another one.
+    A solution that goes wrong in one line, and goes on rightly from there, and the wrong answer that it ends in.
+    `None` if no line can be changed so that the answer is another one.
     """
     *lines, last = trace.strip().splitlines()
     answer = last.removeprefix("#### ")
@@ -283,7 +287,9 @@ def make_model(wheel: Path, folder: Path):
 
 def num_tokens(tokenizer: PreTrainedTokenizerBase, problem: dict) -> tuple[int, int]:
     """Tokens of the prompt and of the trace of a problem, with what the chat template puts around them."""
-    prompt = tokenizer.apply_chat_template(make_prompt(problem["question"]), add_generation_prompt=True, tokenize=False)
+    prompt = tokenizer.apply_chat_template(
+        make_prompt(problem["question"]), add_generation_prompt=True, tokenize=False
+    )
     return len(tokenizer(prompt)["input_ids"]), len(tokenizer(boxed(problem["trace"]))["input_ids"]) + 1
 
 

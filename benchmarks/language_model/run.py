@@ -269,9 +269,7 @@ def make_trainer(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenize
         rows = rows.select([i % len(rows) for i in range(num_rows)])
         args = SFTConfig(max_length=None, **shared)
         return RecordingSFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
-    args = LuffyConfig(
-        num_generations=run.num_generations, max_completion_length=max_length, **run.options, **shared
-    )
+    args = LuffyConfig(num_generations=run.num_generations, max_completion_length=max_length, **run.options, **shared)
     return RecordingLuffyTrainer(model, math_verify_reward, args, rows, processing_class=tokenizer)
 
 
