@@ -318,14 +318,14 @@ def finished(prepared):
     """The runs of three methods, at one go; killed in many places; and in pieces."""
     whole, killed, pieces = (prepared / name for name in ("whole", "killed", "pieces"))
     both = ["sft", "luffy"]
-    places = [("pass", 3), ("checkpoint", 1), ("evaluation", 2), ("checkpoint", 2), ("evaluation", 3), ("pass", 5)]
+    places = [("pass", 3), ("checkpoint", 1), ("evaluation", 8), ("checkpoint", 2), ("pass", 5)]
     statuses, process = repeat(
         prepared,
         [
             (None, 0, whole, [*both, "zero_shot"]),
             *((where, count, killed, both) for where, count in places),
             (None, 0, killed, both),
-            *[("clock", 5, pieces, ["luffy"])] * 7,
+            *[("clock", 9, pieces, ["luffy"])] * 4,
         ],
     )
     return whole, killed, pieces, statuses, process
@@ -333,7 +333,7 @@ def finished(prepared):
 
 def test_killed_and_in_pieces(finished):
     whole, killed, pieces, statuses, process = finished
-    assert statuses == ["0", *["9"] * 6, "0", *["0"] * 7], process.stderr
+    assert statuses == ["0", *["9"] * 5, "0", *["0"] * 4], process.stderr
     expected = outcome(whole)
     cold, luffy, sft, zero = (
         f"runs/{name}"
@@ -346,5 +346,44 @@ def test_killed_and_in_pieces(finished):
     )
     assert set(expected) == {cold, luffy, sft, zero}
     assert outcome(killed) == {name: expected[name] for name in (cold, luffy, sft)}
-    assert process.stdout.count("The time is over") >= 4
+    assert process.stdout.count("The time is over") >= 3
     assert outcome(pieces) == {name: expected[name] for name in (cold, luffy)}
+
+
+def test_report(finished, monkeypatch, tmp_path):
+    whole, *_ = finished
+    report = load(monkeypatch, "report", "run")
+    report.write(whole, tmp_path)
+    rows = pd.read_csv(tmp_path / "runs.csv").set_index(["stage", "method", "update", "split", "mode"])
+    assert len(rows) == 6 + 2 * (3 + 6) + 6
+    luffy = rows.loc[("compare", "luffy")]
+    of_answers = [json.loads(line) for line in next(whole.glob("runs/compare/*luffy*/answers.jsonl")).open()]
+    right = [
+        row["correct"]
+        for row in of_answers
+        if (row["update"], row["split"], row["mode"]) == (4, "other_task", "sampled")
+    ]
+    assert luffy.loc[(4, "other_task", "sampled"), "accuracy"] == pytest.approx(sum(right) / 6)
+    # Two groups of four with one trace each: `\boxed{1}` is ten characters and a token that ends it, `\boxed{10}` one more
+    tokens = luffy.loc[(4, "other_task", "greedy")]
+    assert 4 * 2 * 10 <= tokens["demonstration_tokens"] <= 4 * 2 * 11
+    assert luffy.loc[(3, "other_task", "greedy"), "trained_tokens"] < tokens["trained_tokens"]
+    sft = rows.loc[("compare", "sft", 4, "other_task", "greedy")]
+    assert 4 * 8 * 10 <= sft["demonstration_tokens"] <= 4 * 8 * 11 and sft["rollout_tokens"] == 0
+    assert rows.loc[("compare", "zero_shot", 0, "other_task", "greedy"), "trained_tokens"] == 0
+    assert rows["commit"].str.len().min() >= 12
+    tables = (tmp_path / "tables.md").read_text()
+    assert "## After all updates, from the cold start, traces: good, greedy" in tables
+    assert "| LUFFY (1 seeds) | " in tables and "| SFT | 0.01 | 1 | " in tables
+    assert {path.name for path in tmp_path.glob("*.png")} == {"cold.png", "conditions.png"}
+    assert len(pd.read_csv(tmp_path / "updates.csv")) == 2 + 4 + 4
+
+
+def test_intervals(monkeypatch):
+    report = load(monkeypatch, "report", "run")
+    # Ten templates of forty problems that are all right or all wrong: the templates are what is uncertain
+    rows = pd.DataFrame([{"template": t, "correct": float(t < 5)} for t in range(10) for _ in range(40)])
+    assert report.bootstrap(rows) == pytest.approx((0.2, 0.8))
+    assert report.bootstrap(rows, over_templates=False) == pytest.approx((0.45, 0.55), abs=0.005)
+    # With one template there is nothing to draw but problems
+    assert report.bootstrap(rows.assign(template=0)) == pytest.approx((0.45, 0.55), abs=0.005)

@@ -18,7 +18,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pandas as pd
-from run import METHODS, SPLITS
+from run import METHODS, MODES, SPLITS
 
 
 matplotlib.use("Agg")
@@ -124,10 +124,10 @@ def summarise(runs: pd.DataFrame, answers: pd.DataFrame, updates: pd.DataFrame) 
     return pd.DataFrame(rows)
 
 
-def over_seeds(answers: pd.DataFrame, split: str, mode: str) -> pd.DataFrame:
-    """The share of seeds in which each problem of a split is right, after the last update."""
+def over_seeds(answers: pd.DataFrame, split: str, mode: str, column: str = "correct") -> pd.DataFrame:
+    """The mean of a column over the seeds, for each problem of a split: in how many of them it is right."""
     rows = answers[(answers["split"] == split) & (answers["mode"] == mode)]
-    return rows.groupby(["index", "template"], as_index=False)["correct"].mean()
+    return rows.groupby(["index", "template"], as_index=False)[column].mean()
 
 
 def interval(problems: pd.DataFrame, column: str = "correct", sign: str = "") -> str:
@@ -135,17 +135,22 @@ def interval(problems: pd.DataFrame, column: str = "correct", sign: str = "") ->
     return f"{problems[column].mean():{sign}.3f} [{low:{sign}.2f}, {high:{sign}.2f}]"
 
 
-def results_table(runs: pd.DataFrame, answers: pd.DataFrame) -> str:
+def rule(num_columns: int) -> str:
+    return "|" + " --- |" * num_columns
+
+
+def results_table(runs: pd.DataFrame, answers: pd.DataFrame, mode: str) -> str:
     """Accuracies after the last update and their intervals, pooled over seeds, a method a line (Markdown)."""
-    columns = [(split, mode) for split in SPLITS for mode in ("greedy", "sampled")]
-    titles = [f"{split.replace('_', ' ')}, {mode}" for split, mode in columns]
-    header = ["method", "learning rate", "seeds", *titles, "updates", "trace tokens", "rollout tokens", "minutes"]
-    lines = ["| " + " | ".join(header) + " |", "| --- |" * 1 + " --- |" * (len(header) - 1)]
+    titles = [split.replace("_", " ") for split in SPLITS]
+    header = ["method", "learning rate", "seeds", *titles, "other task, last number", "updates"]
+    header += ["trace tokens", "rollout tokens", "minutes"]
+    lines = ["| " + " | ".join(header) + " |", rule(len(header))]
     for method, (title, _) in METHODS.items():
         for rate, of_method in runs[runs["method"] == method].groupby("learning_rate"):
             chosen = answers[(answers["method"] == method) & (answers["learning_rate"] == rate)]
             cells = [title, f"{rate:g}" if rate else "", str(of_method["seed"].nunique())]
-            cells += [interval(over_seeds(chosen, split, mode)) for split, mode in columns]
+            cells += [interval(over_seeds(chosen, split, mode)) for split in SPLITS]
+            cells.append(interval(over_seeds(chosen, "other_task", mode, "last_number"), "last_number"))
             cells.append(f"{of_method['updates'].mean():.0f}")
             cells += [f"{of_method[name].mean() / 1000:.1f}k" for name in ("demonstration_tokens", "rollout_tokens")]
             cells.append(f"{of_method['seconds'].mean() / 60:.0f}")
@@ -158,7 +163,7 @@ def difference_table(answers: pd.DataFrame, baseline: str = "sft") -> str | None
     if baseline not in set(answers["method"]):
         return None
     lines = ["| method | " + " | ".join(split.replace("_", " ") for split in SPLITS) + " |"]
-    lines.append("| --- |" * (1 + len(SPLITS)))
+    lines.append(rule(1 + len(SPLITS)))
     for method, (title, _) in METHODS.items():
         mine, others = (answers[answers["method"] == name] for name in (method, baseline))
         seeds = set(mine["seed"]) & set(others["seed"])
@@ -206,7 +211,7 @@ def tokens_table(points: pd.DataFrame) -> str:
     lines = [
         f"| method, {budget / 1000:.1f}k tokens | " + " | ".join(split.replace("_", " ") for split in SPLITS) + " |"
     ]
-    lines.append("| --- |" * (1 + len(SPLITS)))
+    lines.append(rule(1 + len(SPLITS)))
     for method, (title, _) in METHODS.items():
         cells = []
         for split in SPLITS:
@@ -228,7 +233,7 @@ def tuning_table(summary: pd.DataFrame) -> str | None:
         return None
     table = tuned.pivot_table(index=CELL, columns="learning_rate", values="accuracy")
     lines = ["| start | traces | method | " + " | ".join(f"{rate:g}" for rate in table.columns) + " |"]
-    lines.append("| --- |" * (3 + len(table.columns)))
+    lines.append(rule(3 + len(table.columns)))
     for (start, condition, method), values in table.iterrows():
         cells = ["" if np.isnan(value) else f"{value:.3f}" for value in values]
         lines.append(f"| {start} | {condition} | {METHODS[method][0]} | " + " | ".join(cells) + " |")
@@ -310,7 +315,8 @@ def write(output_dir: Path, results_dir: Path):
     for (start, condition), of_cell in compared.groupby(["start", "condition"], sort=False):
         where = f"from the {'cold start' if start == 'cold' else 'base model'}, traces: {condition}"
         of_answers = last[(last["start"] == start) & (last["condition"] == condition)]
-        sections += [f"## After all updates, {where}", results_table(of_cell, of_answers)]
+        for mode in MODES:
+            sections += [f"## After all updates, {where}, {mode}", results_table(of_cell, of_answers, mode)]
         if difference := difference_table(of_answers):
             sections += [f"## Greedy accuracy less that of SFT, {where}", difference]
         of_points = points[(points["start"] == start) & (points["condition"] == condition)]

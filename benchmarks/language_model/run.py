@@ -31,6 +31,7 @@ from pathlib import Path
 import torch
 import transformers
 import trl
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
@@ -390,7 +391,12 @@ def finish(run: Run, start: Path, model_path: Path, folder: Path, commits: list[
     """Writes the result, and deletes the checkpoint; of a cold start the model stays."""
     model = load_model(model_path)
     history = json.loads((model_path / "trainer_state.json").read_text())["log_history"] if run.num_updates else []
-    history = [record for record in history if "demonstration_tokens" in record]
+    # TRL's own `num_tokens` of SFT begins again at each piece
+    history = [
+        {name: value for name, value in record.items() if name != "num_tokens"}
+        for record in history
+        if "demonstration_tokens" in record
+    ]
     first, last = hash_weights(load_model(start)), hash_weights(model)
     if run.stage == "cold_start":
         model.save_pretrained(folder / "model")
@@ -502,6 +508,7 @@ def main():
         sys.exit(f"`seeds`: {TUNING_SEED} is the seed of the learning rates. Compare on others.")
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
+    PartialState()  # for the messages of accelerate's loggers, which may come before there is a trainer
     deadline = time.monotonic() + 60 * args.max_minutes if args.max_minutes else float("inf")
     try:
         for stage in args.stages:
