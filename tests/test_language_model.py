@@ -15,6 +15,7 @@ import textwrap
 import zipfile
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import tiny
 import torch
@@ -289,7 +290,7 @@ def repeat(prepared, scenarios):
     ]
     process = subprocess.run(
         [sys.executable, prepared / "repeated.py", json.dumps(scenarios)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "LUFFY_REWARD_WORKERS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
@@ -317,8 +318,9 @@ def outcome(output_dir):
 def finished(prepared):
     """The runs of three methods, at one go; killed in many places; and in pieces."""
     whole, killed, pieces = (prepared / name for name in ("whole", "killed", "pieces"))
-    both = ["sft", "luffy"]
-    places = [("pass", 3), ("checkpoint", 1), ("evaluation", 8), ("checkpoint", 2), ("pass", 5)]
+    both = ["luffy", "sft"]
+    # After an update behind a checkpoint; in the next checkpoint; in an evaluation; and SFT behind a checkpoint
+    places = [("pass", 9), ("checkpoint", 1), ("evaluation", 2), ("pass", 7)]
     statuses, process = repeat(
         prepared,
         [
@@ -333,7 +335,7 @@ def finished(prepared):
 
 def test_killed_and_in_pieces(finished):
     whole, killed, pieces, statuses, process = finished
-    assert statuses == ["0", *["9"] * 5, "0", *["0"] * 4], process.stderr
+    assert statuses == ["0", *["9"] * 4, "0", *["0"] * 4], process.stderr
     expected = outcome(whole)
     cold, luffy, sft, zero = (
         f"runs/{name}"
@@ -364,7 +366,7 @@ def test_report(finished, monkeypatch, tmp_path):
         if (row["update"], row["split"], row["mode"]) == (4, "other_task", "sampled")
     ]
     assert luffy.loc[(4, "other_task", "sampled"), "accuracy"] == pytest.approx(sum(right) / 6)
-    # Two groups of four with one trace each: `\boxed{1}` is ten characters and a token that ends it, `\boxed{10}` one more
+    # Two groups of four with one trace each: `\boxed{1}` has nine characters and a token that ends it
     tokens = luffy.loc[(4, "other_task", "greedy")]
     assert 4 * 2 * 10 <= tokens["demonstration_tokens"] <= 4 * 2 * 11
     assert luffy.loc[(3, "other_task", "greedy"), "trained_tokens"] < tokens["trained_tokens"]
@@ -387,3 +389,42 @@ def test_intervals(monkeypatch):
     assert report.bootstrap(rows, over_templates=False) == pytest.approx((0.45, 0.55), abs=0.005)
     # With one template there is nothing to draw but problems
     assert report.bootstrap(rows.assign(template=0)) == pytest.approx((0.45, 0.55), abs=0.005)
+
+
+def test_what_a_kill_leaves_of_a_line(monkeypatch, tmp_path):
+    run = load(monkeypatch, "run")
+    file = tmp_path / "answers.jsonl"
+    file.write_text('{"index": 0}\n{"index": 1, "te')
+    assert run.read_lines(file) == [{"index": 0}] and file.read_text() == '{"index": 0}\n'
+    assert run.read_lines(tmp_path / "missing.jsonl") == []
+
+
+def test_another_run_in_its_place(monkeypatch, prepared, tmp_path):
+    run = load(monkeypatch, "run")
+    begun = run.Run("compare", "base", "sft", "good", 1e-3, seed=1)
+    begun.folder(tmp_path).mkdir(parents=True)
+    run.write_last(begun.folder(tmp_path) / "run.json", run.asdict(begun))
+    flags = ["--data_dir", prepared, "--output_dir", tmp_path, "--stages", "compare", "--starts", "base"]
+    flags += ["--methods", "sft", "--seeds", "1"]
+    for more, message in [
+        (["--learning_rate", "1e-3", "--num_updates", "5"], "run.json comes from another `num_updates`"),
+        ([], "No learning rate of sft from base has been tried"),
+        (["--micro_batch_size", "5"], "`micro_batch_size` has to divide"),
+        (["--seeds", "0"], "`seeds`: 0 is the seed of the learning rates"),
+    ]:
+        monkeypatch.setattr(sys, "argv", ["run.py", *map(str, [*flags, *more])])
+        with pytest.raises(SystemExit, match=message):
+            run.main()
+
+
+def test_the_best_learning_rate(monkeypatch, tmp_path):
+    run = load(monkeypatch, "run")
+    for condition, rate, right in [("good", 1e-5, 1), ("good", 3e-5, 2), ("good", 1e-4, 2), ("wrong", 1e-5, 1)]:
+        folder = run.Run("tune", "cold", "sft", condition, rate, seed=0).folder(tmp_path)
+        folder.mkdir(parents=True)
+        result = {"start": "cold", "method": "sft", "condition": condition, "learning_rate": rate}
+        run.write_last(folder / "result.json", result)
+        rows = [{"correct": float(i < right)} for i in range(4)]
+        (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rates = [run.best_learning_rate("cold", "sft", condition, tmp_path) for condition in ("good", "few", "wrong")]
+    assert rates == [3e-5, 3e-5, 1e-5]
