@@ -13,7 +13,7 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, Qwen2ForSequenceClassification, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from luffy_trl import LuffyConfig, LuffyTrainer, luffy_trainer
+from luffy_trl import LuffyConfig, LuffyTrainer, metrics
 
 
 LOSS_TYPES = ("dr_grpo", "grpo", "bnpo", "dapo")
@@ -989,7 +989,7 @@ def test_a_single_rollout_has_no_spread(model_path, tmp_path):
 
 @pytest.mark.parametrize("reward", [0.0, 1.0])
 def test_traces_that_the_reward_rejects_are_named(model_path, tmp_path, caplog, reward):
-    type(luffy_trainer.logger).warning_once.cache_clear()  # it was said in another test
+    type(metrics.logger).warning_once.cache_clear()  # it was said in another test
     trainer = LuffyTrainer(
         model_path,
         lambda completions, **kwargs: [reward * value for value in tiny.is_demonstration_text(completions)],

@@ -219,14 +219,14 @@ class ResumingTrainer(GRPOTrainer):
             return None, f"{file.name} cannot be read ({error})"
         if not isinstance(state, dict) or not {"geometry", "buffered_inputs", "metrics"} <= state.keys():
             return None, f"{file.name} is not what a checkpoint keeps"
-        if state["buffered_inputs"] is not None and len(state["buffered_inputs"]) != self.args.steps_per_generation:
-            return None, f"{file.name} has {len(state['buffered_inputs'])} batches"
         saved, wanted = state["geometry"], self._geometry()
         if isinstance(saved, list):  # of version 0.1
             saved = _options_of_version_0_1(saved, state["buffered_inputs"], self.args)
         differing = [name for name, value in saved.items() if wanted.get(name) != value]
         if differing:
             return None, f"it was saved with other values of `{'`, `'.join(differing)}`"
+        if state["buffered_inputs"] is not None and len(state["buffered_inputs"]) != self.args.steps_per_generation:
+            return None, f"{file.name} has {len(state['buffered_inputs'])} batches"
         return state, None
 
 
