@@ -168,11 +168,8 @@ class LuffyTrainer(LengthAwareTrainer, UnevenSamplingTrainer, SafeTrainer, CardT
         scored, so that no choice is fairer.
         """
         batch.rollout_rewards = super()._calculate_rewards(batch.rows, prompts, completions, completion_ids)
-        has_failed = self.method.when(
-            metrics.weighted_sum(batch.rollout_rewards, self.reward_weights), self.num_generations
-        )
-        waiting, batch.waiting = zip(batch.waiting, has_failed[batch.local].tolist(), strict=True), None
-        batch.insert([shown if failed else None for shown, failed in waiting])
+        rewards = metrics.weighted_sum(batch.rollout_rewards, self.reward_weights)
+        batch.insert_waiting(self.method.when(rewards, self.num_generations))
         replaced = batch.replace(completion_ids, logps)
         prefixes = [i for i in replaced if batch.sources[i] == "prefix"]
         if any(gather_object([len(prefixes)])):
@@ -252,8 +249,8 @@ class LuffyTrainer(LengthAwareTrainer, UnevenSamplingTrainer, SafeTrainer, CardT
         )
         return loss
 
-    def _log_metrics(self, metrics: dict[str, float], mode: str = "train", replace: bool = False):
+    def _log_metrics(self, numbers: dict[str, float], mode: str = "train", replace: bool = False):
         """Appends to TRL's metrics, or overwrites what TRL has just appended."""
-        for name, value in metrics.items():
+        for name, value in numbers.items():
             values = self._metrics[mode][name]
             values[-1 if replace else len(values) :] = [value]

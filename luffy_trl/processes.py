@@ -108,24 +108,33 @@ def check_output_dir(args: TrainingArguments, overwrite: bool):
 
 
 @contextmanager
-def _lock(output_dir: str):
-    """Holds the lock of a folder in this process; a `ValueError` if another run does."""
-    # The Hub leaves out files whose names begin like this
-    lock = FileLock(Path(output_dir) / "_run.lock")
-    Path(output_dir).mkdir(parents=True, exist_ok=True)
+def holding(file: Path, refusal: str):
+    """Holds a lock file, which ends with the process; a `ValueError` with this message if another process does."""
+    lock = FileLock(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(blocking=False)
     except Timeout:
-        raise ValueError(
-            f"Another run writes to `output_dir` {output_dir!r}. Wait for its end, or choose another folder."
-        ) from None
+        raise ValueError(refusal) from None
     except NotImplementedError:
         pass  # a file system without locks
     try:
         yield
     finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
+
+
+@contextmanager
+def _lock(output_dir: str):
+    """Holds the lock of a folder in this process; a `ValueError` if another run does."""
+    # The Hub leaves out files whose names begin like this
+    file = Path(output_dir) / "_run.lock"
+    refusal = f"Another run writes to `output_dir` {output_dir!r}. Wait for its end, or choose another folder."
+    with holding(file, refusal):
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -10,12 +10,13 @@ itself, with all rows each time.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
 from trl.trainer.utils import is_async_callable
 
+from .checks import reward_name
 from .groups import MixedBatch
 
 
@@ -54,12 +55,15 @@ def score_once(reward_func: Callable | nn.Module, number: int, get_batch: Callab
         }
         return batch, rows, {**selected, "log_extra": log_extra}
 
-    def after(batch: MixedBatch, rows: list[int], rewards: list) -> list:
+    def after(batch: MixedBatch, rows: list[int], rewards: Iterable) -> list:
+        rewards, name = list(rewards), reward_name(reward_func)
         if len(rewards) != len(rows):
-            return rewards  # TRL says what is wrong
+            # TRL, which counts all rows, could not tell
+            raise ValueError(
+                f"The reward function '{name}' returned {len(rewards)} rewards, but {len(rows)} were expected."
+            )
         for i, reward in zip(rows, rewards, strict=True):
             if isinstance(reward, str) or (reward is not None and math.isinf(reward)):
-                name = getattr(reward_func, "__name__", type(reward_func).__name__)
                 raise ValueError(
                     f"The reward function `{name}` returned {reward!r}. A reward is a finite number, or None."
                 )

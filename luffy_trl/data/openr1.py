@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import filelock
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -42,6 +41,7 @@ from ..demonstrations import (
     tokenize_prompt,
 )
 from ..errors import in_one_line, loading_model
+from ..processes import holding
 from ..redaction import without_credentials
 from ..rewards import math_verify_reward
 from . import BUILDERS, explained, load_data
@@ -528,14 +528,10 @@ def locked(option: str, path: str):
     """Refuses a second run that would write the same file or folder. The lock of a process ends with it."""
     target = Path(path).resolve()
     lock = target.with_name(f".{target.name}.lock")
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        held = filelock.FileLock(lock).acquire(blocking=False)
-    except filelock.Timeout:
-        raise ValueError(
-            f"`{option}`: another run is writing {path!r}, and holds {lock}. Wait until it has ended, or name another."
-        ) from None
-    with held:
+    refusal = (
+        f"`{option}`: another run is writing {path!r}, and holds {lock}. Wait until it has ended, or name another."
+    )
+    with holding(lock, refusal):
         yield
 
 
