@@ -11,13 +11,15 @@ it, is the trainer's business.
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import torch
 
 
-SHAPINGS = ("none", "regularized", "sqrt", "power", "log", "linear_log")
-BASELINES = ("group", "on_policy")
+ShapingKind = Literal["none", "regularized", "sqrt", "power", "log", "linear_log"]
+Baseline = Literal["group", "on_policy"]
+SHAPINGS = get_args(ShapingKind)
+BASELINES = get_args(Baseline)
 SCALES = ("none", "group", "batch")
 
 

@@ -1,13 +1,15 @@
 # Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
 
 """
-The options are what users know: names, help, defaults and messages, word for word as `data/options.json` has them.
+The options are what users know: names, help, defaults and messages, word for word as `data/options.json` has them, and
+the tables of `docs/options.md`.
 
-An option that is added or reworded on purpose is written there by `python tests/test_options.py`.
+An option that is added or reworded on purpose is written to both by `python tests/test_options.py`.
 """
 
 import json
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -18,11 +20,13 @@ import test_luffy_config
 import tiny
 
 from luffy_trl import LuffyConfig
-from luffy_trl.luffy_config import own_fields
+from luffy_trl.options import describe, described, options_table, own_fields
 from luffy_trl.scripts import train
 
 
 FILE = Path(__file__).parent / "data" / "options.json"
+PAGE = Path(__file__).parent.parent / "docs" / "options.md"
+BORDERS = ("<!-- from the docstring of LuffyConfig -->\n", "<!-- end -->\n")
 
 
 def describe_options():
@@ -46,6 +50,67 @@ def message_of(options):
     return str(error.value)
 
 
+def page_with(tables):
+    before, _, rest = PAGE.read_text().partition(BORDERS[0])
+    return before + BORDERS[0] + "\n" + tables + BORDERS[1] + rest.partition(BORDERS[1])[2]
+
+
+def test_the_page_of_options():
+    assert PAGE.read_text() == page_with(options_table(LuffyConfig))
+
+
+def test_the_first_paragraph_is_the_help():
+    @described
+    @dataclass
+    class Config:
+        """
+        Some options.
+
+        Parameters:
+            > First
+
+            rate (`float`, *optional*, defaults to `0.5`):
+                Share of `rows`, as in [`~trl.GRPOConfig`]: 50% by
+                default, or `"all"`.
+
+                More for the page.
+            > Second
+
+            names (`list[str]`, *optional*):
+                Names.
+        """
+
+        rate: float = 0.5
+        names: list = field(default_factory=lambda: ["a"])
+
+    assert [f.metadata["help"] for f in own_fields(Config)] == [
+        "Share of rows, as in GRPOConfig: 50%% by default, or 'all'.",
+        "Names.",
+    ]
+    assert describe(Config)["rate"][1] == "More for the page."
+    head = "\n\n| option | default | what it does |\n| --- | --- | --- |\n"
+    assert options_table(Config) == (
+        f'## First{head}| `rate` | `0.5` | Share of `rows`, as in [`~trl.GRPOConfig`]: 50% by default, or `"all"`. '
+        f"More for the page. |\n\n## Second{head}| `names` | `['a']` | Names. |\n"
+    )
+
+
+def test_an_option_without_a_description():
+    with pytest.raises(TypeError, match="The docstring of Config does not describe steps"):
+
+        @described
+        @dataclass
+        class Config:
+            """
+            Args:
+                rate (`float`):
+                    A rate.
+            """
+
+            rate: float = 0.5
+            steps: int = 1
+
+
 def test_help_and_defaults():
     assert describe_options() == json.loads(FILE.read_text())["options"]
 
@@ -59,4 +124,5 @@ def test_messages(number):
 
 if __name__ == "__main__":
     messages = [(repr(options), message_of(options)) for options in refused()]
+    PAGE.write_text(page_with(options_table(LuffyConfig)))
     FILE.write_text(json.dumps({"options": describe_options(), "messages": messages}, indent=1) + "\n")

@@ -10,8 +10,8 @@ follows its prompt as the policy would have sampled it, ends in one end-of-seque
 """
 
 import json
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from transformers import AutoTokenizer
 from trl import (
@@ -33,10 +33,11 @@ from ..demonstrations import (
     tokenize_demonstrations,
 )
 from ..errors import in_one_line, loading_model
-from ..luffy_config import explained_arguments, own_fields
+from ..options import described, explained_arguments, own_fields
 from ..processes import check_output_dir, start_script
 
 
+@described
 @dataclass
 class SFTScriptArguments(ScriptArguments):
     """
@@ -49,7 +50,7 @@ class SFTScriptArguments(ScriptArguments):
         max_prompt_length (`int`, *optional*, defaults to `1024`):
             Rows whose prompt has more tokens are left out.
         max_completion_length (`int`, *optional*, defaults to `8192`):
-            Most tokens of a trace.
+            Maximum number of tokens of a trace.
         demonstration_overflow (`str`, *optional*, defaults to `"drop"`):
             What happens to a longer trace: `"drop"`, `"truncate"` (no end-of-sequence token is appended) or `"error"`.
         chat_template_kwargs (`dict`, *optional*):
@@ -59,34 +60,29 @@ class SFTScriptArguments(ScriptArguments):
             `resume_from_checkpoint`, a run does not start where there are some.
     """
 
-    max_prompt_length: int = field(default=1024, metadata={"help": "Rows whose prompt has more tokens are left out."})
-    max_completion_length: int = field(default=8192, metadata={"help": "Most tokens of a trace."})
-    demonstration_overflow: str = field(
-        default="drop", metadata={"help": "What happens to a longer trace: 'drop', 'truncate' or 'error'."}
-    )
-    chat_template_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "Passed to the chat template, as by LuffyConfig."}
-    )
-    overwrite_output_dir: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether to delete the checkpoints of an earlier run in output_dir. Without it, and without "
-            "resume_from_checkpoint, a run does not start where there are some."
-        },
-    )
+    max_prompt_length: int = 1024
+    max_completion_length: int = 8192
+    demonstration_overflow: Literal["drop", "truncate", "error"] = "drop"
+    chat_template_kwargs: dict | str | None = None
+    overwrite_output_dir: bool = False
 
     def __post_init__(self):
         if isinstance(self.chat_template_kwargs, str):  # from the command line
             self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
 
 
+@described
 @dataclass
 class TraceSFTConfig(SFTConfig):
-    """[`~trl.SFTConfig`] without a `max_length`: its 1024 would cut a trace, and with it the token that ends it."""
+    """
+    [`~trl.SFTConfig`] without a `max_length`: its 1024 would cut a trace, and with it the token that ends it.
 
-    max_length: int | None = field(
-        default=None, metadata={"help": "Not used: max_prompt_length and max_completion_length bound a row."}
-    )
+    Args:
+        max_length (`int`, *optional*):
+            Not used: `max_prompt_length` and `max_completion_length` bound a row.
+    """
+
+    max_length: int | None = None
 
     def __post_init__(self):
         with explained_arguments(self):

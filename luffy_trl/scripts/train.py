@@ -27,8 +27,9 @@ from ..data import load_data, without_long_prompts
 from ..demonstrations import find_eos_token_ids, load_generation_config
 from ..errors import in_one_line, loading_model
 from ..inspection import inspect_dataset
-from ..luffy_config import LuffyConfig, own_fields
+from ..luffy_config import LuffyConfig
 from ..luffy_trainer import LuffyTrainer
+from ..options import described, own_fields
 from ..processes import check_output_dir, start_script
 from ..rewards import math_verify_reward
 
@@ -44,6 +45,7 @@ REWARD_FUNCS = {
 }
 
 
+@described
 @dataclass
 class LuffyScriptArguments(ScriptArguments):
     """
@@ -54,13 +56,15 @@ class LuffyScriptArguments(ScriptArguments):
             Training data: a dataset on the Hub, a local folder, or a `.jsonl`, `.json`, `.parquet` or `.csv` file. It
             needs the columns `prompt` and `demonstrations` (or `completion`), and what the reward reads.
         eval_dataset_names (`list[str]`, *optional*):
-            Data to evaluate on, likewise. As in TRL, each gets a record of its own in the log, with its `eval_reward`
-            and, from the name of the file `data/held_out.jsonl`, its `eval_held_out_loss`. Without it,
+            Data to evaluate on: Hub names, folders or files. Each gets a record of its own in the log. Without it,
             `eval_strategy` evaluates on `dataset_test_split` of `dataset_name`.
+
+            As in TRL, a record has its `eval_reward` and, from the name of the file `data/held_out.jsonl`, its
+            `eval_held_out_loss`.
         max_prompt_length (`int`, *optional*, defaults to `1024`):
             Rows whose prompt has more tokens are left out.
         reward_funcs (`list[str]`, *optional*, defaults to `["math_verify_reward"]`):
-            Reward functions: `math_verify_reward`, TRL's `accuracy_reward`, `reasoning_accuracy_reward` and
+            Reward functions: `math_verify_reward`, `accuracy_reward`, `reasoning_accuracy_reward`,
             `think_format_reward`, or the dotted path of your own, such as `my_rewards.exact_match`.
         require_think (`bool`, *optional*, defaults to `False`):
             The `require_think` of `math_verify_reward`: an answer counts only behind `</think>`.
@@ -71,37 +75,12 @@ class LuffyScriptArguments(ScriptArguments):
             `resume_from_checkpoint`, a run does not start where there are some.
     """
 
-    eval_dataset_names: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Data to evaluate on: Hub names, folders or files. Each gets a record of its own in the log. "
-            "Without it, eval_strategy evaluates on dataset_test_split of dataset_name."
-        },
-    )
-    max_prompt_length: int | None = field(
-        default=1024, metadata={"help": "Rows whose prompt has more tokens are left out."}
-    )
-    reward_funcs: list[str] = field(
-        default_factory=lambda: ["math_verify_reward"],
-        metadata={
-            "help": "Reward functions: math_verify_reward, accuracy_reward, reasoning_accuracy_reward, "
-            "think_format_reward, or the dotted path of your own, such as my_rewards.exact_match."
-        },
-    )
-    require_think: bool = field(
-        default=False,
-        metadata={"help": "The require_think of math_verify_reward: an answer counts only behind </think>."},
-    )
-    reward_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A reward model to add to the reward functions."}
-    )
-    overwrite_output_dir: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether to delete the checkpoints of an earlier run in output_dir. Without it, and without "
-            "resume_from_checkpoint, a run does not start where there are some."
-        },
-    )
+    eval_dataset_names: list[str] | None = None
+    max_prompt_length: int | None = 1024
+    reward_funcs: list[str] = field(default_factory=lambda: ["math_verify_reward"])
+    require_think: bool = False
+    reward_model_name_or_path: str | None = None
+    overwrite_output_dir: bool = False
 
     def __post_init__(self):
         for name in ("eval_dataset_names", "reward_funcs"):  # a single one in a YAML file is no list

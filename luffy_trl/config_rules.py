@@ -1,0 +1,315 @@
+# Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
+
+"""
+What options of a [`LuffyConfig`] may not be, and not be together: a function for each rule, in the order in which they
+are checked. Each raises a `ValueError` that names the options and says what to do.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, Literal, TypeAlias, get_args, get_origin
+
+from trl import GRPOConfig
+
+
+Args: TypeAlias = Any  # a `LuffyConfig`, which imports this module
+
+# Options of TRL that a group with demonstrations has no right meaning for yet: the value each must have, and why.
+_REFUSED_WITH_DEMONSTRATIONS: dict[str, tuple[Any, str]] = {
+    "importance_sampling_level": ("token", "a demonstration has a ratio per token, and none per sequence"),
+    "delta": (None, "two-sided clipping is not defined for the shaped ratio of a demonstration"),
+    "off_policy_mask_threshold": (None, "it would drop demonstrations, which are off-policy by design"),
+    "top_entropy_quantile": (1.0, "the quantile would mix demonstration and rollout tokens"),
+    "use_adaptive_entropy": (False, "its controller would follow the entropy on demonstrations; use `entropy_coef`"),
+    "multi_objective_aggregation": ("sum_then_normalize", "it leaves no choice of the advantage baseline"),
+    "use_transformers_continuous_batching": (False, "it is not tested with demonstrations; use `use_vllm`"),
+}
+_LOSS_TYPES = ("dr_grpo", "grpo", "bnpo", "dapo")
+# Parameters of an option: the option, and its values with which the parameter means something.
+_PARAMETERS = {
+    "policy_shaping_gamma": ("policy_shaping", ("regularized",)),
+    "policy_shaping_power": ("policy_shaping", ("power",)),
+    "policy_shaping_weight": ("policy_shaping", ("log", "linear_log")),
+    "on_policy_shaping_gamma": ("on_policy_shaping", ("regularized",)),
+    "on_policy_shaping_power": ("on_policy_shaping", ("power",)),
+    "on_policy_shaping_weight": ("on_policy_shaping", ("log", "linear_log")),
+    "prefix_schedule_steps": ("prefix_schedule", ("linear", "cosine", "reverse_linear")),
+    "failure_threshold": ("demonstration_policy", ("on_failure",)),
+    "sft_loss_coef": ("demonstration_loss", ("sft",)),
+    "sft_loss_coef_min": ("demonstration_loss", ("sft",)),
+    "sft_loss_coef_warmup_steps": ("demonstration_loss", ("sft",)),
+    "sft_loss_coef_decay_steps": ("demonstration_loss", ("sft",)),
+    "sft_loss_combination": ("demonstration_loss", ("sft",)),
+    "sft_token_weight": ("demonstration_loss", ("sft",)),
+}
+# Options of the ratio and the advantage of demonstrations, which cross-entropy has not.
+_POLICY_GRADIENT_OPTIONS = (
+    "policy_shaping",
+    "policy_shaping_gamma",
+    "policy_shaping_power",
+    "policy_shaping_weight",
+    "demonstration_ratio_min",
+    "demonstration_ratio_max",
+    "demonstration_advantage_weight",
+)
+_DEMONSTRATION_OPTIONS = (
+    *_POLICY_GRADIENT_OPTIONS,
+    "demonstration_probability",
+    "demonstration_policy",
+    "demonstration_loss",
+    "demonstration_overflow",
+    "advantage_baseline",
+    "prefix_ratio_min",
+    "prefix_ratio_max",
+    "prefix_schedule",
+    "cache_demonstration_rewards",
+    "cache_demonstration_ref_logps",
+)
+
+
+def check_options(args: Args):
+    """Checks all rules."""
+    for rule in RULES:
+        rule(args)
+
+
+def types(args: Args):
+    """Numbers are numbers, and switches are True or False."""
+    inherited = {f.name for f in fields(GRPOConfig)}
+    for f in fields(args):
+        value = getattr(args, f.name)
+        if f.name in inherited or get_origin(f.type) is Literal or (value is None and f.default is None):
+            continue
+        if f.type is bool:
+            if not isinstance(value, bool):
+                raise ValueError(f"`{f.name}` must be True or False, got {value!r}.")
+            continue
+        is_integer = f.type in (int, int | None)
+        if isinstance(value, bool) or not isinstance(value, int if is_integer else int | float) or value != value:
+            kind = "a whole number" if is_integer else "a number"
+            raise ValueError(f"`{f.name}` must be {kind}, got {value!r}.")
+
+
+def choices(args: Args):
+    """An option with a choice has one of its values."""
+    for f in fields(args):
+        if get_origin(f.type) is Literal and getattr(args, f.name) not in get_args(f.type):
+            raise ValueError(
+                f"`{f.name}` is {getattr(args, f.name)!r}. Choose one of {', '.join(map(repr, get_args(f.type)))}."
+            )
+
+
+def a_rollout_in_each_group(args: Args):
+    """There are fewer demonstrations than completions."""
+    if not 0 <= args.num_demonstrations < args.num_generations:
+        raise ValueError(
+            f"`num_demonstrations` ({args.num_demonstrations}) must be at least 0 and less than `num_generations` "
+            f"({args.num_generations}): each group needs a rollout. Lower it, or raise `num_generations`."
+        )
+
+
+def positive_parameters(args: Args):
+    """Parameters of shapings are positive."""
+    for name in ("policy_shaping_gamma", "on_policy_shaping_gamma", "policy_shaping_power", "on_policy_shaping_power"):
+        if getattr(args, name) <= 0:
+            raise ValueError(
+                f"`{name}` must be positive, got {getattr(args, name)}. For no shaping set "
+                f"`{name.rpartition('_')[0]}='none'`."
+            )
+
+
+def parameters_with_their_option(args: Args):
+    """A parameter of an option is set only where that option reads it."""
+    for name, (option, values) in _PARAMETERS.items():
+        if args.is_set(name) and getattr(args, option) not in values:
+            raise ValueError(
+                f"`{name}={getattr(args, name)}` has no effect with `{option}={getattr(args, option)!r}`. Remove "
+                f"one of them, or set `{option}` to {' or '.join(map(repr, values))}."
+            )
+
+
+def ranges(args: Args):
+    """Shares, probabilities and bounds are in their ranges."""
+    low, high = args.demonstration_ratio_min, args.demonstration_ratio_max
+    if low is not None and high is not None and low >= high:
+        raise ValueError(f"`demonstration_ratio_min` ({low}) must be less than `demonstration_ratio_max` ({high}).")
+    if args.max_token_prob is not None and not 0 < args.max_token_prob < 1:
+        raise ValueError(f"`max_token_prob` must be between 0 and 1, got {args.max_token_prob}.")
+    if not 0 < args.demonstration_probability <= 1:
+        raise ValueError(
+            f"`demonstration_probability` must be above 0 and at most 1, got {args.demonstration_probability}. "
+            "For no demonstrations set `num_demonstrations=0`."
+        )
+    if not 0 <= args.prefix_ratio_min <= args.prefix_ratio_max <= 1:
+        raise ValueError(
+            f"`prefix_ratio_min` ({args.prefix_ratio_min}) and `prefix_ratio_max` ({args.prefix_ratio_max}) must "
+            "be between 0 and 1, the first not greater than the second."
+        )
+
+
+def prefix_schedules(args: Args):
+    """A schedule has its number of updates, and something to move."""
+    has_steps = args.prefix_schedule in _PARAMETERS["prefix_schedule_steps"][1]
+    if has_steps and not (args.prefix_schedule_steps or 0) > 0:
+        raise ValueError(
+            f"`prefix_schedule={args.prefix_schedule!r}` needs `prefix_schedule_steps`, the number of updates "
+            "that it takes."
+        )
+    if args.is_set("prefix_schedule") and args.prefix_ratio_min == args.prefix_ratio_max:
+        raise ValueError(
+            f"`prefix_schedule={args.prefix_schedule!r}` has no effect while `prefix_ratio_min` and "
+            f"`prefix_ratio_max` are both {args.prefix_ratio_max}. Lower `prefix_ratio_min`, or remove it."
+        )
+
+
+def cross_entropy(args: Args):
+    """Cross-entropy has no ratio and no advantage, and its weight has a schedule that makes sense."""
+    if args.demonstration_loss != "sft":
+        return
+    for name in _POLICY_GRADIENT_OPTIONS:
+        if args.is_set(name):
+            raise ValueError(
+                f"`{name}={getattr(args, name)!r}` has no effect with `demonstration_loss='sft'`, which has no "
+                "ratio and no advantage. Remove it."
+            )
+    if not 0 <= args.sft_loss_coef_min <= args.sft_loss_coef:
+        raise ValueError(
+            f"`sft_loss_coef_min` ({args.sft_loss_coef_min}) must be between 0 and `sft_loss_coef` "
+            f"({args.sft_loss_coef})."
+        )
+    if args.sft_loss_combination == "interpolate" and args.sft_loss_coef > 1:
+        raise ValueError(
+            f"`sft_loss_coef={args.sft_loss_coef}` would turn the sign of the policy gradient with "
+            "`sft_loss_combination='interpolate'`. Choose it between 0 and 1."
+        )
+    decay_steps = args.sft_loss_coef_decay_steps
+    if args.sft_loss_coef_warmup_steps < 0 or (decay_steps is not None and decay_steps < 1):
+        raise ValueError(
+            f"`sft_loss_coef_warmup_steps` ({args.sft_loss_coef_warmup_steps}) must be at least 0 and "
+            f"`sft_loss_coef_decay_steps` ({decay_steps}) at least 1, or None."
+        )
+    if args.is_set("sft_loss_coef_min") and decay_steps is None:
+        raise ValueError(
+            f"`sft_loss_coef_min={args.sft_loss_coef_min}` has no effect without `sft_loss_coef_decay_steps`, the "
+            "number of updates over which the weight falls to it."
+        )
+    if args.advantage_baseline != "on_policy":
+        raise ValueError(
+            "`demonstration_loss='sft'` gives demonstrations no advantage, so they should not raise the baseline "
+            "of rollouts either. Set `advantage_baseline='on_policy'`."
+        )
+
+
+def micro_batches(args: Args):
+    """The cut into micro-batches fits the optimizer step, and what depends on it is set with it only."""
+    if args.length_aware_batching and args.steps_per_generation % args.gradient_accumulation_steps != 0:
+        raise ValueError(
+            "`length_aware_batching=True` sorts the sequences of an optimizer step, and `steps_per_generation` "
+            f"({args.steps_per_generation}) is no multiple of `gradient_accumulation_steps` "
+            f"({args.gradient_accumulation_steps}). Change one of them, or set `length_aware_batching=False`."
+        )
+    for name in ("max_tokens_per_microbatch", "padding_free"):
+        if args.is_set(name) and not args.length_aware_batching:
+            raise ValueError(
+                f"`{name}={getattr(args, name)}` cuts the optimizer step anew, and `length_aware_batching=False` "
+                "leaves the cut to TRL. Remove one of them."
+            )
+    if args.max_tokens_per_microbatch is not None and args.max_tokens_per_microbatch < 1:
+        raise ValueError(f"`max_tokens_per_microbatch` must be positive, got {args.max_tokens_per_microbatch}.")
+
+
+def cached_ref_logps(args: Args):
+    """Log-probabilities of the reference are kept where there is one that does not change."""
+    if args.cache_demonstration_ref_logps and (args.beta == 0.0 or args.sync_ref_model):
+        reason = "there is no reference with `beta=0`" if args.beta == 0.0 else "`sync_ref_model` changes them"
+        raise ValueError(
+            f"`cache_demonstration_ref_logps=True` keeps log-probabilities of the reference, and {reason}. Remove it."
+        )
+    if args.cache_demonstration_ref_logps and not args.length_aware_batching:
+        raise ValueError(
+            "`cache_demonstration_ref_logps=True` leaves traces out of the passes over a generation batch, which "
+            "`length_aware_batching=False` leaves to TRL. Remove one of them."
+        )
+
+
+def clipped_grpo(args: Args):
+    """GRPO that is clipped and has no demonstrations leaves the loss to TRL, which does not have these."""
+    if args.num_demonstrations > 0 or args.ratio_clipping != "on_policy":
+        return
+    for name in ("on_policy_shaping", "max_token_prob", "rollout_advantage_weight"):
+        if args.is_set(name):
+            raise ValueError(
+                f"`{name}={getattr(args, name)!r}` has no effect on plain GRPO (`num_demonstrations=0` with "
+                "`ratio_clipping='on_policy'`). Remove it."
+            )
+
+
+def options_of_trl(args: Args):
+    """Options of TRL that the loss of this package does not have."""
+    if args.is_plain_grpo:
+        return
+    if args.loss_type not in _LOSS_TYPES:
+        raise ValueError(
+            f"`loss_type={args.loss_type!r}` is not supported with `num_demonstrations={args.num_demonstrations}` "
+            f"and `ratio_clipping={args.ratio_clipping!r}`. Choose one of {', '.join(map(repr, _LOSS_TYPES))}, or "
+            "train plain GRPO with `num_demonstrations=0`, `ratio_clipping='on_policy'` and "
+            "`length_aware_batching=False`."
+        )
+    for name, (value, reason) in _REFUSED_WITH_DEMONSTRATIONS.items():
+        if getattr(args, name) != value:
+            if args.num_demonstrations == 0:
+                reason = "only plain GRPO in TRL's micro-batches has it"
+            raise ValueError(
+                f"`{name}={getattr(args, name)!r}` is not supported with "
+                f"`num_demonstrations={args.num_demonstrations}` and `ratio_clipping={args.ratio_clipping!r}`: "
+                f"{reason}. Set `{name}={value!r}`, or train plain GRPO with `num_demonstrations=0`, "
+                "`ratio_clipping='on_policy'` and `length_aware_batching=False`."
+            )
+    if args.use_vllm and args.num_demonstrations > 0 and "seed" in (args.generation_kwargs or {}):
+        raise ValueError(
+            "A `seed` in `generation_kwargs` would make all rollouts of a prompt alike, as with demonstrations "
+            "vLLM gets them as requests of their own. Remove it; `seed` of the configuration seeds the rest."
+        )
+    if args.max_completion_length is None:
+        raise ValueError(
+            "`max_completion_length=None` is not supported: it bounds demonstrations, and 'dr_grpo' divides by "
+            "it. Set it to the longest completion in tokens."
+        )
+    if args.ratio_clipping == "none" and (args.is_set("epsilon") or args.is_set("epsilon_high")):
+        raise ValueError(
+            f"`epsilon={args.epsilon}` and `epsilon_high={args.epsilon_high}` clip nothing with "
+            "`ratio_clipping='none'`. Set `ratio_clipping='on_policy'`, or remove them."
+        )
+    if args.mask_truncated_completions and args.demonstration_overflow == "truncate":
+        raise ValueError(
+            "`mask_truncated_completions=True` would mask the demonstrations that "
+            "`demonstration_overflow='truncate'` cuts. Set `demonstration_overflow='drop'`, or turn it off."
+        )
+
+
+def options_of_demonstrations(args: Args):
+    """Warns of options that read demonstrations where there are none."""
+    without_effect = [name for name in _DEMONSTRATION_OPTIONS if args.is_set(name)]
+    if args.num_demonstrations == 0 and without_effect:
+        warnings.warn(
+            f"`num_demonstrations=0` trains without demonstrations, so {', '.join(without_effect)} have no effect.",
+            stacklevel=5,
+        )
+
+
+RULES: tuple[Callable[[Args], None], ...] = (
+    types,
+    choices,
+    a_rollout_in_each_group,
+    positive_parameters,
+    parameters_with_their_option,
+    ranges,
+    prefix_schedules,
+    cross_entropy,
+    micro_batches,
+    cached_ref_logps,
+    clipped_grpo,
+    options_of_trl,
+    options_of_demonstrations,
+)
