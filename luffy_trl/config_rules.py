@@ -34,15 +34,24 @@ _PARAMETERS = {
     "on_policy_shaping_gamma": ("on_policy_shaping", ("regularized",)),
     "on_policy_shaping_power": ("on_policy_shaping", ("power",)),
     "on_policy_shaping_weight": ("on_policy_shaping", ("log", "linear_log")),
-    "prefix_schedule_steps": ("prefix_schedule", ("linear", "cosine", "reverse_linear")),
+    "prefix_schedule_steps": ("prefix_schedule", ("linear", "cosine", "reverse_linear", "random_cosine")),
     "failure_threshold": ("demonstration_policy", ("on_failure",)),
+    "failed_rollouts": ("demonstration_policy", ("on_failure",)),
     "sft_loss_coef": ("demonstration_loss", ("sft",)),
     "sft_loss_coef_min": ("demonstration_loss", ("sft",)),
     "sft_loss_coef_warmup_steps": ("demonstration_loss", ("sft",)),
     "sft_loss_coef_decay_steps": ("demonstration_loss", ("sft",)),
     "sft_loss_combination": ("demonstration_loss", ("sft",)),
     "sft_token_weight": ("demonstration_loss", ("sft",)),
+    "sft_loss_reduction": ("demonstration_loss", ("sft",)),
+    "rl_plus_focal": ("objective", ("rl_plus",)),
+    "srft_sft_weight": ("objective", ("srft",)),
+    "srft_success_weight": ("objective", ("srft",)),
+    "srft_min_logp": ("objective", ("srft",)),
+    "oapl_value_beta": ("objective", ("oapl",)),
+    "oapl_policy_beta": ("objective", ("oapl",)),
 }
+_REPLAY_OPTIONS = ("replay_start_solve_rate", "replay_max_trajectories", "replay_choice")
 # Options of the ratio and the advantage of demonstrations, which cross-entropy has not.
 _POLICY_GRADIENT_OPTIONS = (
     "policy_shaping",
@@ -52,17 +61,42 @@ _POLICY_GRADIENT_OPTIONS = (
     "demonstration_ratio_min",
     "demonstration_ratio_max",
     "demonstration_advantage_weight",
+    "demonstration_entropy_share",
 )
-_DEMONSTRATION_OPTIONS = (
-    *_POLICY_GRADIENT_OPTIONS,
+# Options that another objective than LUFFY's does not read.
+_ROLLOUT_OPTIONS = ("on_policy_shaping", "max_token_prob", "ratio_clipping", "demonstration_loss")
+_NOT_READ = {
+    "rl_plus": (
+        *_ROLLOUT_OPTIONS,
+        *(name for name in _POLICY_GRADIENT_OPTIONS if name != "demonstration_advantage_weight"),
+    ),
+    "srft": (
+        *_ROLLOUT_OPTIONS,
+        *("demonstration_ratio_min", "demonstration_ratio_max", "demonstration_entropy_share"),
+        "rollout_advantage_weight",
+    ),
+    "oapl": (
+        *_ROLLOUT_OPTIONS,
+        *_POLICY_GRADIENT_OPTIONS,
+        *("rollout_advantage_weight", "advantage_baseline", "failed_rollouts", "scale_rewards"),
+    ),
+}
+# Options of traces of the dataset
+_TRACE_OPTIONS = (
     "demonstration_probability",
+    "demonstration_choice",
+    "demonstration_max_steps",
     "demonstration_policy",
     "demonstration_loss",
     "demonstration_overflow",
-    "advantage_baseline",
     "prefix_ratio_min",
     "prefix_ratio_max",
     "prefix_schedule",
+)
+_DEMONSTRATION_OPTIONS = (
+    *_POLICY_GRADIENT_OPTIONS,
+    *_TRACE_OPTIONS,
+    "advantage_baseline",
     "cache_demonstration_rewards",
     "cache_demonstration_ref_logps",
 )
@@ -145,6 +179,75 @@ def ranges(args: Args):
         raise ValueError(
             f"`prefix_ratio_min` ({args.prefix_ratio_min}) and `prefix_ratio_max` ({args.prefix_ratio_max}) must "
             "be between 0 and 1, the first not greater than the second."
+        )
+
+    if not 0 < args.demonstration_entropy_share <= 1:
+        raise ValueError(
+            f"`demonstration_entropy_share` must be above 0 and at most 1, got {args.demonstration_entropy_share}."
+        )
+    if args.demonstration_max_steps is not None and args.demonstration_max_steps < 1:
+        raise ValueError(
+            f"`demonstration_max_steps` must be at least 1, got {args.demonstration_max_steps}. For no demonstrations "
+            "set `num_demonstrations=0`."
+        )
+    for name in ("oapl_value_beta", "oapl_policy_beta"):
+        if getattr(args, name) <= 0:
+            raise ValueError(f"`{name}` must be positive, got {getattr(args, name)}.")
+    for name in ("rl_plus_focal", "srft_sft_weight", "srft_success_weight"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"`{name}` must not be negative, got {getattr(args, name)}.")
+
+
+def replay(args: Args):
+    """Replay has a share, a bound and groups of its own."""
+    if not 0 <= args.replay_ratio <= 1:
+        raise ValueError(f"`replay_ratio` must be between 0 and 1, got {args.replay_ratio}.")
+    for name in _REPLAY_OPTIONS:
+        if args.is_set(name) and args.replay_ratio == 0:
+            raise ValueError(
+                f"`{name}={getattr(args, name)!r}` has no effect without replay (`replay_ratio=0`). Remove it, or set "
+                "`replay_ratio`, which is 0.5 in ExGRPO."
+            )
+    if not 0 <= args.replay_start_solve_rate < 1:
+        raise ValueError(
+            f"`replay_start_solve_rate` must be at least 0 and less than 1, got {args.replay_start_solve_rate}."
+        )
+    if args.replay_max_trajectories < 1:
+        raise ValueError(f"`replay_max_trajectories` must be at least 1, got {args.replay_max_trajectories}.")
+    if args.replay_ratio > 0 and args.demonstration_policy == "on_failure":
+        raise ValueError(
+            "`demonstration_policy='on_failure'` inserts demonstrations after rollouts were scored, and replays are "
+            "inserted before. Set `replay_ratio=0`, or `demonstration_policy='always'`."
+        )
+    if args.replay_ratio > 0 and args.demonstration_loss == "sft":
+        raise ValueError(
+            "`demonstration_loss='sft'` would imitate replays, which have an advantage and a ratio. Set "
+            "`replay_ratio=0`, or `demonstration_loss='policy_gradient'`."
+        )
+
+
+def objectives(args: Args):
+    """An objective reads the options that are set."""
+    for name in _NOT_READ.get(args.objective, ()):
+        if args.is_set(name):
+            raise ValueError(
+                f"`{name}={getattr(args, name)!r}` has no effect with `objective={args.objective!r}`. Remove one of "
+                "them."
+            )
+    if args.objective in ("rl_plus", "srft") and not args.has_demonstrations:
+        raise ValueError(
+            f"`objective={args.objective!r}` is a loss on demonstrations, and there are none. Set "
+            "`num_demonstrations`, or `objective='luffy'`."
+        )
+    if args.objective == "oapl" and args.is_set("loss_type") and args.beta == 0.0:
+        raise ValueError(
+            f"`loss_type={args.loss_type!r}` has no effect with `objective='oapl'`, which is a mean over completions. "
+            "Remove it."
+        )
+    if args.ratio_clipping == "until_mixed" and not args.has_demonstrations:
+        raise ValueError(
+            "`ratio_clipping='until_mixed'` waits for demonstrations, and there are none. Set "
+            "`ratio_clipping='on_policy'`."
         )
 
 
@@ -235,7 +338,7 @@ def cached_ref_logps(args: Args):
 
 def clipped_grpo(args: Args):
     """GRPO that is clipped and has no demonstrations leaves the loss to TRL, which does not have these."""
-    if args.num_demonstrations > 0 or args.ratio_clipping != "on_policy":
+    if not args.is_clipped_grpo:
         return
     for name in ("on_policy_shaping", "max_token_prob", "rollout_advantage_weight"):
         if args.is_set(name):
@@ -258,7 +361,7 @@ def options_of_trl(args: Args):
         )
     for name, (value, reason) in _REFUSED_WITH_DEMONSTRATIONS.items():
         if getattr(args, name) != value:
-            if args.num_demonstrations == 0:
+            if not args.has_demonstrations:
                 reason = "only plain GRPO in TRL's micro-batches has it"
             raise ValueError(
                 f"`{name}={getattr(args, name)!r}` is not supported with "
@@ -266,7 +369,7 @@ def options_of_trl(args: Args):
                 f"{reason}. Set `{name}={value!r}`, or train plain GRPO with `num_demonstrations=0`, "
                 "`ratio_clipping='on_policy'` and `length_aware_batching=False`."
             )
-    if args.use_vllm and args.num_demonstrations > 0 and "seed" in (args.generation_kwargs or {}):
+    if args.use_vllm and args.has_demonstrations and "seed" in (args.generation_kwargs or {}):
         raise ValueError(
             "A `seed` in `generation_kwargs` would make all rollouts of a prompt alike, as with demonstrations "
             "vLLM gets them as requests of their own. Remove it; `seed` of the configuration seeds the rest."
@@ -290,10 +393,14 @@ def options_of_trl(args: Args):
 
 def options_of_demonstrations(args: Args):
     """Warns of options that read demonstrations where there are none."""
-    without_effect = [name for name in _DEMONSTRATION_OPTIONS if args.is_set(name)]
-    if args.num_demonstrations == 0 and without_effect:
+    if args.num_demonstrations > 0:
+        return
+    names = _TRACE_OPTIONS if args.has_demonstrations else _DEMONSTRATION_OPTIONS
+    without_effect = [name for name in names if args.is_set(name)]
+    if without_effect:
+        what = "demonstrations" if not args.has_demonstrations else "traces of the dataset"
         warnings.warn(
-            f"`num_demonstrations=0` trains without demonstrations, so {', '.join(without_effect)} have no effect.",
+            f"`num_demonstrations=0` trains without {what}, so {', '.join(without_effect)} have no effect.",
             stacklevel=5,
         )
 
@@ -305,6 +412,8 @@ RULES: tuple[Callable[[Args], None], ...] = (
     positive_parameters,
     parameters_with_their_option,
     ranges,
+    objectives,
+    replay,
     prefix_schedules,
     cross_entropy,
     micro_batches,

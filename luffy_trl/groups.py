@@ -9,7 +9,7 @@ tokens of the longest completion.
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -31,17 +31,20 @@ class Demonstration:
             Whether this is the complete trace. If not, the policy continues.
         key (`Hashable`, *optional*):
             Equal for equal traces of equal rows: rewards and reference log-probs are computed once for each key.
+        origin (`str`, *optional*, defaults to `"demonstration"`):
+            What the completions table calls the row.
     """
 
     ids: list[int]
     logps: list[float] | None = None
     is_complete: bool = True
     key: Hashable = None
+    origin: str = "demonstration"
 
     @property
     def source(self) -> str:
         """What the completions table calls the row."""
-        return "demonstration" if self.is_complete else "prefix"
+        return self.origin if self.is_complete else "prefix"
 
 
 @dataclass
@@ -54,10 +57,13 @@ class Caches:
             Rewards, by the number of the reward function.
         ref_logps (`dict[Hashable, torch.Tensor]`, *optional*):
             Log-probabilities under the reference model.
+        has_old_logps (`bool`, *optional*, defaults to `False`):
+            Whether the loss reads the old log-probs of demonstrations; otherwise they are not computed.
     """
 
     scores: dict[Hashable, dict[int, float]] | None = None
     ref_logps: dict[Hashable, torch.Tensor] | None = None
+    has_old_logps: bool = False
 
     @classmethod
     def from_args(cls, args: LuffyConfig) -> "Caches":
@@ -65,7 +71,22 @@ class Caches:
         return cls(
             scores={} if args.cache_demonstration_rewards else None,
             ref_logps={} if args.cache_demonstration_ref_logps else None,
+            has_old_logps=args.objective == "rl_plus",
         )
+
+
+class Policy(Protocol):
+    """What a source may ask of the model that is trained. All processes ask together."""
+
+    def tokenize(self, prompts: list) -> list[list[int]]:
+        """Token ids of prompts of this process, as they are for its rollouts."""
+
+    def measure(self, sequences: list[tuple[list[int], list[int]]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """
+        Log-probs and entropies of the tokens of completions under the policy as it is now.
+
+        `sequences`, prompt ids and completion ids, are the same on all processes, and so is the result.
+        """
 
 
 class MixedBatch:
@@ -86,10 +107,16 @@ class MixedBatch:
             Of the trainer.
         passes (`list[str]`, *optional*):
             The passes over the batch that TRL will make, in their order: `"old"`, `"reference"`.
+        inputs (`list[dict[str, Any]]`, *optional*):
+            The rows with the columns of the demonstrations.
+        policy ([`Policy`], *optional*):
+            The policy.
 
     Attributes:
         demonstrations (`list[Demonstration | None]`): What each of the B rows begins with.
-        waiting (`list[Demonstration | None]` or `None`): What each would begin with, if its group fails.
+        is_waiting (`bool`): Whether demonstrations are inserted after rollouts were scored.
+        has_failed, is_solved (`torch.Tensor` of shape `(N,)`, bool, or `None`): Which rows are in a group that has
+            failed, and which earn full reward.
         lengths (`torch.Tensor` of shape `(N,)`): Demonstration tokens of each row.
         rewards, rollout_rewards (`torch.Tensor` of shape `(N, F)` or `None`): What each row has earned, and what each
             rollout has: NaN where there was none. They differ where rollouts were replaced.
@@ -104,15 +131,20 @@ class MixedBatch:
         accelerator: Accelerator,
         caches: Caches,
         passes: list[str] | None = None,
+        inputs: list[dict[str, Any]] | None = None,
+        policy: Policy | None = None,
     ):
         self.caches = caches
+        self.inputs, self.policy = inputs, policy
         self.rows, self.num_generations, self.accelerator = rows, num_generations, accelerator
         self.passes = passes or []
         self.current_pass: str | None = None
         start = accelerator.process_index * len(rows)  # groups span processes
         self.local = slice(start, start + len(rows))
         self.demonstrations: list[Demonstration | None] = [None] * len(rows)
-        self.waiting: list[Demonstration | None] | None = None
+        self.is_waiting = False
+        self.has_failed: torch.Tensor | None = None
+        self.is_solved: torch.Tensor | None = None
         self.lengths = torch.zeros(len(rows) * accelerator.num_processes, dtype=torch.long, device=accelerator.device)
         self.has_behavior_logps = False
         self.rewards: torch.Tensor | None = None
@@ -124,11 +156,9 @@ class MixedBatch:
         """The slot of a local row in its group."""
         return (self.local.start + row) % self.num_generations
 
-    def insert(self, demonstrations: list[Demonstration | None], is_waiting: bool = False):
-        """Sets what the local rows begin with, or would if their groups fail. All processes call this together."""
-        if is_waiting:
-            self.waiting = demonstrations
-            return
+    def insert(self, demonstrations: list[Demonstration | None]):
+        """Sets what the local rows begin with. All processes call this together."""
+        self.is_waiting = False
         self.demonstrations = demonstrations
         described = [(len(shown.ids), bool(shown.logps)) if shown else (0, False) for shown in demonstrations]
         described = self.accelerator.gather(torch.tensor(described, device=self.accelerator.device))
@@ -137,11 +167,6 @@ class MixedBatch:
             if demonstrations[row]:  # what a replaced rollout has earned is not of the demonstration
                 is_kept = self.caches.scores is not None and key is not None
                 self.scores[row] = self.caches.scores.setdefault(key, {}) if is_kept else {}
-
-    def insert_waiting(self, has_failed: torch.Tensor):
-        """Inserts what waits for the groups that have failed, from which of N rows are in one."""
-        waiting, self.waiting = zip(self.waiting, has_failed[self.local].tolist(), strict=True), None
-        self.insert([demonstration if failed else None for demonstration, failed in waiting])
 
     def replace(self, completion_ids: list[list[int]], logps: list[list] | None) -> list[int]:
         """Puts the demonstrations, in place, where rollouts were; returns the local rows."""
@@ -177,7 +202,8 @@ class MixedBatch:
         self.current_pass = self.passes.pop(0)
         if self.current_pass == "reference":
             return [(self.caches.ref_logps or {}).get(key) for key in self.keys]
-        # The old log-probs of a demonstration are not used
+        if self.caches.has_old_logps:
+            return [None] * len(self.rows)
         return [None if key is None else torch.zeros(0) for key in self.keys]
 
     def keep_logps(self, logps: torch.Tensor):
@@ -193,6 +219,7 @@ class MixedBatch:
         positions = torch.arange(ids.size(1), device=ids.device)
         output["demonstration_mask"] = positions < self.lengths[self.local].unsqueeze(1)
         output["num_demonstration_tokens"] = self.lengths.sum()
+        output["is_solved"] = self.is_solved[self.local]
         if self.has_behavior_logps:
             output["behavior_logps"] = torch.zeros_like(ids, dtype=torch.float32)
             for i, shown in enumerate(self.demonstrations):

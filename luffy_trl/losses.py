@@ -138,6 +138,7 @@ def mixed_policy_loss(
     ratio_range: tuple[float | None, float | None] = (None, None),
     max_token_prob: float | None = None,
     ratio: torch.Tensor | None = None,
+    is_clipped: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     r"""
     Policy-gradient loss of a batch that mixes demonstration tokens and rollout tokens (arXiv 2504.14945, section 3).
@@ -175,6 +176,8 @@ def mixed_policy_loss(
         ratio (`torch.Tensor` of shape `(B, T)`, *optional*):
             The [`importance_ratio`], instead of `behavior_logps`, if another term of the loss uses it too: the sum of
             both gradients then goes through it once, as in TRL, and is the same to the last bit.
+        is_clipped (`torch.Tensor` of shape `()`, bool, *optional*):
+            Whether `clip_range` holds; `None` is always.
 
     Returns:
         `tuple[torch.Tensor, dict[str, torch.Tensor]]`: The loss of each token, of shape `(B, T)` and 0 where `mask`
@@ -211,13 +214,36 @@ def mixed_policy_loss(
         low_clipped = (rollout_coefficient < low) & (advantages < 0) & ~demonstration_mask
         high_clipped = (rollout_coefficient > high) & (advantages > 0) & ~demonstration_mask
         clipped_objective = rollout_coefficient.clamp(low, high) * advantages
-        objective = torch.min(objective, torch.where(demonstration_mask, objective, clipped_objective))
+        is_unclipped = demonstration_mask if is_clipped is None else demonstration_mask | ~is_clipped
+        low_clipped, high_clipped = low_clipped & ~is_unclipped, high_clipped & ~is_unclipped
+        objective = torch.min(objective, torch.where(is_unclipped, objective, clipped_objective))
 
     if max_token_prob is not None:
         mask = mask * (per_token_logps.exp() <= max_token_prob)
     per_token_loss = -objective * mask
     stats = {"coefficient": coefficient.detach(), "low_clipped": low_clipped, "high_clipped": high_clipped}
     return per_token_loss, stats
+
+
+def high_entropy_mask(entropies: torch.Tensor, mask: torch.Tensor, share: float) -> torch.Tensor:
+    """
+    The tokens of highest entropy among some tokens of each completion (arXiv 2507.01679, Prefix-RFT).
+
+    Args:
+        entropies (`torch.Tensor` of shape `(B, T)`):
+            Entropies of the policy.
+        mask (`torch.Tensor` of shape `(B, T)`, bool):
+            The tokens.
+        share (`float`):
+            How many of them, between 0 and 1; rounded up, so that one is never left out.
+
+    Returns:
+        `torch.Tensor`: Which of the tokens they are, of shape `(B, T)`; of equal entropies, the first.
+    """
+    wanted = (mask.sum(1, keepdim=True) * share).ceil()
+    order = entropies.detach().masked_fill(~mask, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    ranks = torch.empty_like(order).scatter_(1, order, torch.arange(mask.size(1), device=mask.device).expand_as(order))
+    return mask & (ranks < wanted)
 
 
 def sft_coefficient(
@@ -339,6 +365,10 @@ class TokenBatch:
             TRL's correction of rollouts that another engine has sampled.
         entropies (`torch.Tensor`, *optional*):
             Entropies of the policy.
+        is_solved (`torch.Tensor` of shape `(B,)`, bool, *optional*):
+            Which completions earn full reward.
+        is_mixed (`torch.Tensor` of shape `()`, bool, *optional*):
+            Whether there is a demonstration in the generation batch, of any process.
 
     Attributes:
         ratio (`torch.Tensor`): The [`importance_ratio`].
@@ -353,6 +383,8 @@ class TokenBatch:
     ref_logps: torch.Tensor | None = None
     sampling_ratio: torch.Tensor | None = None
     entropies: torch.Tensor | None = None
+    is_solved: torch.Tensor | None = None
+    is_mixed: torch.Tensor | None = None
 
     @classmethod
     def from_inputs(cls, inputs: dict[str, Any], logps: torch.Tensor, entropies: torch.Tensor) -> "TokenBatch":
@@ -368,6 +400,8 @@ class TokenBatch:
             ref_logps=inputs.get("ref_per_token_logps"),
             sampling_ratio=inputs.get("importance_sampling_ratio"),
             entropies=entropies,
+            is_solved=inputs.get("is_solved"),
+            is_mixed=inputs["num_demonstration_tokens"] > 0,
         )
 
     def __post_init__(self):
@@ -378,6 +412,12 @@ class TokenBatch:
     def rollout_mask(self) -> torch.Tensor:
         """1 on the tokens that the policy has sampled."""
         return self.mask * ~self.demonstration_mask
+
+    @property
+    def mean_entropies(self) -> torch.Tensor:
+        """The mean entropy of the tokens of each completion, detached, of shape `(B, 1)`."""
+        entropies = (self.entropies.detach() * self.mask).sum(1, keepdim=True)
+        return entropies / self.mask.sum(1, keepdim=True).clamp(min=1.0)
 
 
 @dataclass(frozen=True)
@@ -448,7 +488,7 @@ def aggregate(
             Which of them count.
         loss_type (`str`):
             `"grpo"`, `"bnpo"`, `"dr_grpo"` or `"dapo"`; or `"demonstrations"`, the mean over the demonstration tokens
-            of the optimizer step.
+            of the optimizer step, or `"sequences"`, the sum over tokens and the mean over completions.
         denominators ([`Denominators`]):
             What is divided by.
         max_length (`int`):
@@ -465,6 +505,8 @@ def aggregate(
         return (per_token_loss * mask).sum() / (denominators.num_sequences * max_length)
     if loss_type == "dapo":
         return (per_token_loss * mask).sum() / denominators.num_update_tokens
+    if loss_type == "sequences":
+        return (per_token_loss * mask).sum() / denominators.num_sequences
     return (per_token_loss * mask).sum() / denominators.num_update_demonstration_tokens
 
 
@@ -474,10 +516,15 @@ class Term(Protocol):
 
     `reduction` is `None` where the losses of tokens are added to those of other terms before they are reduced as the
     loss type says; another name is that of a reduction of its own (see [`aggregate`]). `share(step)` is what such a
-    term takes from the others.
+    term takes from the others. In evaluation, which has neither demonstrations nor steps, terms are left out that are
+    not `in_evaluation`.
     """
 
-    reduction: ClassVar[str | None]
+    @property
+    def reduction(self) -> str | None: ...
+
+    @property
+    def in_evaluation(self) -> bool: ...
 
     def __call__(self, tokens: TokenBatch, step: int) -> tuple[torch.Tensor, dict[str, Any]]:
         """The losses, of shape `(B, T)`, and statistics: detached tensors of that shape, or numbers to be logged."""
@@ -496,6 +543,10 @@ class PolicyGradient:
             See [`mixed_policy_loss`].
         on (`str`, *optional*, defaults to `"all"`):
             `"all"` tokens, or those of `"rollouts"`.
+        clips_mixed (`bool`, *optional*, defaults to `True`):
+            Whether rollouts are clipped in a generation batch with demonstrations too.
+        entropy_share (`float`, *optional*, defaults to `1.0`):
+            Share of the demonstration tokens of each completion that carry a loss: those of the highest entropy.
     """
 
     shaping: Shaping = Shaping()
@@ -504,14 +555,21 @@ class PolicyGradient:
     ratio_range: tuple[float | None, float | None] = (None, None)
     max_token_prob: float | None = None
     on: str = "all"
+    clips_mixed: bool = True
+    entropy_share: float = 1.0
     reduction: ClassVar[str | None] = None
+    in_evaluation: ClassVar[bool] = True
 
     def __call__(self, tokens: TokenBatch, step: int) -> tuple[torch.Tensor, dict[str, Any]]:
+        mask = tokens.rollout_mask if self.on == "rollouts" else tokens.mask
+        if self.entropy_share < 1.0:
+            high = high_entropy_mask(tokens.entropies, tokens.demonstration_mask, self.entropy_share)
+            mask = mask * (high | ~tokens.demonstration_mask)
         loss, stats = mixed_policy_loss(
             tokens.logps,
             tokens.old_logps,
             tokens.advantages,
-            tokens.rollout_mask if self.on == "rollouts" else tokens.mask,
+            mask,
             tokens.demonstration_mask,
             ratio=tokens.ratio,
             shaping=self.shaping,
@@ -519,6 +577,7 @@ class PolicyGradient:
             clip_range=self.clip_range,
             ratio_range=self.ratio_range,
             max_token_prob=self.max_token_prob,
+            is_clipped=None if self.clips_mixed else ~tokens.is_mixed,
         )
         if tokens.sampling_ratio is not None:
             # A ratio per sequence speaks of what was sampled, and not of the prefix that it continues
@@ -544,6 +603,7 @@ class KLPenalty:
     beta: float
     bias_correction: bool = False
     reduction: ClassVar[str | None] = None
+    in_evaluation: ClassVar[bool] = True
 
     def __call__(self, tokens: TokenBatch, step: int) -> tuple[torch.Tensor, dict[str, Any]]:
         kl = torch.exp(tokens.ref_logps - tokens.logps) - (tokens.ref_logps - tokens.logps) - 1
@@ -558,7 +618,7 @@ class KLPenalty:
 @dataclass(frozen=True)
 class CrossEntropy:
     """
-    Cross-entropy on demonstration tokens: the mean over those of the optimizer step, times a weight with a schedule.
+    Cross-entropy on demonstration tokens, times a weight with a schedule.
 
     Args:
         peak, minimum, warmup_steps, decay_steps:
@@ -567,6 +627,8 @@ class CrossEntropy:
             Whether the other terms are multiplied by 1 minus the weight.
         token_weight (`str`, *optional*, defaults to `"none"`):
             `"chord"` weights each token with p (1 - p) of its probability p.
+        reduction (`str`, *optional*, defaults to `"demonstrations"`):
+            The mean over the demonstration tokens of the optimizer step; `None` reduces them as the loss type says.
     """
 
     peak: float
@@ -575,7 +637,8 @@ class CrossEntropy:
     decay_steps: int | None = None
     interpolate: bool = False
     token_weight: str = "none"
-    reduction: ClassVar[str | None] = "demonstrations"
+    reduction: str | None = "demonstrations"
+    in_evaluation: ClassVar[bool] = False
 
     def _weight(self, step: int) -> float:
         return sft_coefficient(step, self.peak, self.minimum, self.warmup_steps, self.decay_steps)
@@ -632,7 +695,7 @@ class Objective:
         stats: dict[str, Any] = {}
         shared, others = None, []
         for term in self.terms:
-            if term.reduction is not None and step is None:
+            if step is None and not term.in_evaluation:
                 continue
             per_token_loss, term_stats = term(tokens, step)
             stats |= term_stats
@@ -640,11 +703,15 @@ class Objective:
                 others.append((term, per_token_loss))
             else:
                 shared = per_token_loss if shared is None else shared + per_token_loss
-        loss = aggregate(shared, tokens.mask, self.loss_type, denominators, max_length)
+        loss = tokens.logps.new_zeros(())
+        if shared is not None:
+            loss = aggregate(shared, tokens.mask, self.loss_type, denominators, max_length)
         for term, per_token_loss in others:
             if share := term.share(step):
                 loss = (1 - share) * loss
-            loss = loss + divisor * aggregate(
-                per_token_loss, tokens.demonstration_mask, term.reduction, denominators, max_length
-            )
+            # What has a mean over the optimizer step is not divided by the number of micro-batches
+            mask, factor = tokens.mask, divisor / denominators.num_means
+            if term.reduction == "demonstrations":
+                mask, factor = tokens.demonstration_mask, divisor
+            loss = loss + factor * aggregate(per_token_loss, mask, term.reduction, denominators, max_length)
         return loss, divisor, stats

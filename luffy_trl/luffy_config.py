@@ -59,9 +59,29 @@ class LuffyConfig(GRPOConfig):
             What happens to a trace of more than `max_completion_length` tokens: `"drop"` leaves it out (the metric
             `demonstrations/dropped` counts it), `"truncate"` cuts it and appends no end-of-sequence token, `"error"`
             raises a ValueError that names the row.
+        demonstration_choice (`str`, *optional*, defaults to `"random"`):
+            Which traces of a row with more than `num_demonstrations` are shown: `"random"` draws them at each step,
+            `"comprehension"` takes those after which the policy gives the gold answer the highest mean probability.
+
+            `"comprehension"` is AMPO's. It needs a column `answer` or `solution`, and costs a forward pass over each
+            trace of such a row.
+        demonstration_max_steps (`int`, *optional*):
+            Number of updates after which no trace of the dataset is shown. None shows them always.
+
+            With replay, the first updates are LUFFY and the others ExGRPO.
+        failed_rollouts (`str`, *optional*, defaults to `"keep"`):
+            What rollouts of failed groups do in the loss, of `demonstration_policy="on_failure"`: `"keep"` gives them
+            their advantages, `"drop"` an advantage of 0.
+
+            `"drop"` is HPT's (arXiv 2509.04419): such a group learns from its trace alone.
 
         > Loss
 
+        objective (`str`, *optional*, defaults to `"luffy"`):
+            What is minimised: the policy gradient of `"luffy"`, or the loss of `"rl_plus"`, `"srft"` or `"oapl"`.
+
+            See [`~luffy_trl.methods.rl_plus.RLPlus`] (arXiv 2508.00222), [`~luffy_trl.methods.srft.SRFT`] (arXiv
+            2506.19767) and [`~luffy_trl.methods.oapl.OAPL`] (arXiv 2602.19362).
         policy_shaping (`str`, *optional*, defaults to `"regularized"`):
             Shaping f of the ratio r of demonstration tokens (section 3.3): `"regularized"` is r / (r + gamma), which
             gives improbable tokens more weight; `"none"` is r itself. `"sqrt"`, `"power"`, `"log"` and `"linear_log"`
@@ -72,7 +92,8 @@ class LuffyConfig(GRPOConfig):
             The gamma of `policy_shaping="regularized"`, positive.
         ratio_clipping (`str`, *optional*, defaults to `"none"`):
             `"none"` does not clip the ratio of rollout tokens (the final recipe, appendix E.1); `"on_policy"` clips it
-            with `epsilon` and `epsilon_high` as GRPO does. Demonstration tokens are never clipped.
+            with `epsilon` and `epsilon_high` as GRPO does, and `"until_mixed"` does so in generation batches without
+            a demonstration. Demonstration tokens are never clipped.
         advantage_baseline (`str`, *optional*, defaults to `"group"`):
             What the mean reward is taken over: `"group"` is all G completions (section 3.2), `"on_policy"` only those
             of the policy (`"grpo_split"` of the released code).
@@ -93,14 +114,20 @@ class LuffyConfig(GRPOConfig):
             It is `max_prefix_ratio` of the released code.
         prefix_schedule (`str`, *optional*, defaults to `"random"`):
             How the share moves between the two: `"random"` draws it for each row and step, `"linear"` and `"cosine"`
-            lower it from the maximum to the minimum over `prefix_schedule_steps`, `"reverse_linear"` raises it, and
-            `"fixed"` spreads it evenly over the demonstrations of a group.
+            lower it from the maximum to the minimum over `prefix_schedule_steps`, `"reverse_linear"` raises it,
+            `"random_cosine"` draws it between the maximum and what `"cosine"` has, and `"fixed"` spreads it evenly
+            over the demonstrations of a group.
 
-            It is `prefix_strategy` of the released code.
+            It is `prefix_strategy` of the released code; `"random_cosine"` is Prefix-RFT's (arXiv 2507.01679).
         prefix_schedule_steps (`int`, *optional*):
-            Number of updates that `"linear"`, `"cosine"` and `"reverse_linear"` take.
+            Number of updates that `"linear"`, `"cosine"`, `"reverse_linear"` and `"random_cosine"` take.
 
             It is `prefix_steps` of the released code.
+        demonstration_entropy_share (`float`, *optional*, defaults to `1.0`):
+            Share of the demonstration tokens of a completion that carry a loss, those of the highest entropy under the
+            policy.
+
+            Prefix-RFT has 0.2. Denominators do not change.
 
         > Cross-entropy on demonstrations
 
@@ -127,6 +154,46 @@ class LuffyConfig(GRPOConfig):
             leaves out what the policy knows already and what is far from it.
 
             It is phi of CHORD.
+        sft_loss_reduction (`str`, *optional*, defaults to `"tokens"`):
+            `"tokens"` is the mean over the demonstration tokens of the update, and `"loss_type"` divides the
+            cross-entropy as `loss_type` divides the policy gradient.
+
+            `"loss_type"` is HPT's, with `loss_type="dr_grpo"`.
+
+        > Replay
+
+        replay_ratio (`float`, *optional*, defaults to `0.0`):
+            Share of the prompts of a generation batch that are replaced by problems that the policy has solved in
+            part, each with one of its own successes in the group. 0 has no replay.
+
+            It is rho of ExGRPO (arXiv 2510.02245), 0.5 there; see [`~luffy_trl.sources.replay.ReplaySource`].
+        replay_start_solve_rate (`float`, *optional*, defaults to `0.35`):
+            Successes are collected, and replayed, from the first generation batch on of which a greater share of
+            rollouts earns full reward.
+        replay_max_trajectories (`int`, *optional*, defaults to `4096`):
+            Maximum number of successes that are kept, the latest ones, on each process and in each checkpoint (8 bytes
+            a token).
+        replay_choice (`str`, *optional*, defaults to `"entropy"`):
+            Which success of a problem is replayed: `"entropy"` takes that of the lowest mean entropy under the policy
+            as it is now, at the cost of a forward pass over each, `"logp"` that of the highest mean recorded
+            log-probability.
+
+        > Other objectives
+
+        rl_plus_focal (`float`, *optional*, defaults to `0.5`):
+            The exponent of 1 - pi on the advantage of a demonstration token, of `objective="rl_plus"`.
+        srft_sft_weight (`float`, *optional*, defaults to `0.5`):
+            Weight of the cross-entropy on demonstrations of `objective="srft"`, before exp(-H).
+        srft_success_weight (`float`, *optional*, defaults to `0.1`):
+            Weight of the likelihood of successes of `objective="srft"`, before exp(H).
+        srft_min_logp (`float`, *optional*, defaults to `-20.0`):
+            Log-probability below which `objective="srft"` no longer pushes down a token of a failure.
+
+            The loss of a failure has no minimum: without a bound, it would go on where nothing is left to win.
+        oapl_value_beta (`float`, *optional*, defaults to `1.0`):
+            Temperature of the optimal value V* = beta log mean exp(r / beta) of `objective="oapl"`.
+        oapl_policy_beta (`float`, *optional*, defaults to `0.001`):
+            Weight of the log-ratio to the sampler of `objective="oapl"`.
 
         > Speed and memory
 
@@ -216,18 +283,23 @@ class LuffyConfig(GRPOConfig):
     failure_threshold: float = 0.0
     demonstration_probability: float = 1.0
     demonstration_overflow: Literal["drop", "truncate", "error"] = "drop"
+    demonstration_choice: Literal["random", "comprehension"] = "random"
+    demonstration_max_steps: int | None = None
+    failed_rollouts: Literal["keep", "drop"] = "keep"
 
     # Loss
+    objective: Literal["luffy", "rl_plus", "srft", "oapl"] = "luffy"
     policy_shaping: ShapingKind = "regularized"
     policy_shaping_gamma: float = 0.1
-    ratio_clipping: Literal["none", "on_policy"] = "none"
+    ratio_clipping: Literal["none", "on_policy", "until_mixed"] = "none"
     advantage_baseline: Baseline = "group"
 
     # Partial demonstrations
     prefix_ratio_min: float = 1.0
     prefix_ratio_max: float = 1.0
-    prefix_schedule: Literal["random", "linear", "cosine", "reverse_linear", "fixed"] = "random"
+    prefix_schedule: Literal["random", "linear", "cosine", "reverse_linear", "fixed", "random_cosine"] = "random"
     prefix_schedule_steps: int | None = None
+    demonstration_entropy_share: float = 1.0
 
     # Cross-entropy on demonstrations
     demonstration_loss: Literal["policy_gradient", "sft"] = "policy_gradient"
@@ -237,6 +309,21 @@ class LuffyConfig(GRPOConfig):
     sft_loss_coef_decay_steps: int | None = None
     sft_loss_combination: Literal["add", "interpolate"] = "add"
     sft_token_weight: Literal["none", "chord"] = "none"
+    sft_loss_reduction: Literal["tokens", "loss_type"] = "tokens"
+
+    # Replay
+    replay_ratio: float = 0.0
+    replay_start_solve_rate: float = 0.35
+    replay_max_trajectories: int = 4096
+    replay_choice: Literal["entropy", "logp"] = "entropy"
+
+    # Other objectives
+    rl_plus_focal: float = 0.5
+    srft_sft_weight: float = 0.5
+    srft_success_weight: float = 0.1
+    srft_min_logp: float = -20.0
+    oapl_value_beta: float = 1.0
+    oapl_policy_beta: float = 1e-3
 
     # Speed and memory
     length_aware_batching: bool = True
@@ -261,7 +348,17 @@ class LuffyConfig(GRPOConfig):
     @property
     def is_plain_grpo(self) -> bool:
         """Whether this is GRPO without a change, for which the trainer leaves the loss to TRL."""
-        return self.num_demonstrations == 0 and self.ratio_clipping == "on_policy" and not self.length_aware_batching
+        return self.is_clipped_grpo and not self.length_aware_batching
+
+    @property
+    def is_clipped_grpo(self) -> bool:
+        """Whether the loss is GRPO's, clipped and without demonstrations, in whatever micro-batches."""
+        return not self.has_demonstrations and self.objective == "luffy" and self.ratio_clipping == "on_policy"
+
+    @property
+    def has_demonstrations(self) -> bool:
+        """Whether completions begin with tokens that are not sampled: traces of the dataset, or replays."""
+        return self.num_demonstrations > 0 or self.replay_ratio > 0
 
     @property
     def load_options(self) -> dict[str, Any]:

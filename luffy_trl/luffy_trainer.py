@@ -30,10 +30,11 @@ from . import metrics
 from .checks import check_arguments, load_tokenizer
 from .demonstrations import DEMONSTRATION_COLUMNS, decode_completion
 from .groups import Caches, MixedBatch
-from .losses import Denominators, TokenBatch, aggregate, group_advantages
+from .losses import Denominators, TokenBatch, aggregate
 from .luffy_config import LuffyConfig
 from .methods import OPTIONS_OF_A_METHOD, Method
 from .mixins.length_aware import LengthAwareTrainer
+from .mixins.measuring import MeasuringTrainer
 from .mixins.model_cards import LUFFY_PAPER, CardTrainer
 from .mixins.safety import SafeTrainer
 from .mixins.sampling import UnevenSamplingTrainer
@@ -43,7 +44,7 @@ from .scoring import score_once
 Rows: TypeAlias = Dataset | IterableDataset
 
 
-class LuffyTrainer(LengthAwareTrainer, UnevenSamplingTrainer, SafeTrainer, CardTrainer):
+class LuffyTrainer(LengthAwareTrainer, MeasuringTrainer, UnevenSamplingTrainer, SafeTrainer, CardTrainer):
     """
     Trainer for LUFFY: GRPO in which some completions of each group are demonstrations from the dataset, with a shaped
     importance ratio. It takes every argument of [`~trl.GRPOTrainer`], under the same names.
@@ -108,8 +109,7 @@ class LuffyTrainer(LengthAwareTrainer, UnevenSamplingTrainer, SafeTrainer, CardT
         self.method = Method.from_args(args)
         if not args.is_plain_grpo:
             processing_class = load_tokenizer(processing_class, model_id, args)
-        if self.method.source is not None:
-            train_dataset = self.method.source.prepare(train_dataset, processing_class, model)
+        train_dataset = self.method.prepare(train_dataset, processing_class, model)
         super().__init__(
             *(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, reward_processing_classes),
             *(callbacks, optimizers, quantization_config, peft_config, tools, rollout_func, environment_factory),
@@ -117,6 +117,7 @@ class LuffyTrainer(LengthAwareTrainer, UnevenSamplingTrainer, SafeTrainer, CardT
         if not args.is_plain_grpo:
             self.reward_funcs = [score_once(func, i, lambda: self._batch) for i, func in enumerate(self.reward_funcs)]
         self._caches = Caches.from_args(args)
+        self.kept_by_all = {type(source).__name__: source for source in self.method.sources}
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -130,29 +131,30 @@ class LuffyTrainer(LengthAwareTrainer, UnevenSamplingTrainer, SafeTrainer, CardT
         if self.args.is_plain_grpo:
             return super()._generate_and_score_completions(inputs)
         rows = [{key: value for key, value in row.items() if key not in DEMONSTRATION_COLUMNS} for row in inputs]
-        is_mixing = self.model.training and self.method.source is not None
         self._batch = batch = MixedBatch(
-            rows, self.num_generations, self.accelerator, self._caches, self.name_passes()
+            rows, self.num_generations, self.accelerator, self._caches, self.name_passes(), inputs, policy=self
         )
         try:
-            if is_mixing:
-                demonstrations, num_dropped = self.method.source.open_slots(inputs, batch, self.state.global_step)
-                is_counted = float(self.accelerator.is_main_process)  # the batch once, where processes are summed
-                self.running_metrics.add("demonstrations/dropped", num_dropped, is_counted)
-                batch.insert(demonstrations, is_waiting=self.method.when is not None)
-            output = super()._generate_and_score_completions(rows)
-            batch.add_to(output)
-            if is_mixing:
-                self._replace_advantages(batch, output)
             if self.model.training:
-                self.method.weight_advantages(output)
+                num_dropped = self.method.open_slots(batch, self.state.global_step)
+                is_counted = float(self.accelerator.is_main_process)  # the batch once, where processes are summed
+                if self.method.sources:
+                    self.running_metrics.add("demonstrations/dropped", num_dropped, is_counted)
+            output = super()._generate_and_score_completions(rows)
+            rewards = metrics.weighted_sum(batch.rewards, self.reward_weights)
+            batch.is_solved = metrics.is_solved(rewards, metrics.full_rewards(batch.rewards, self.reward_weights))
+            batch.add_to(output)
+            if self.model.training:
+                if self.method.makes_advantages:
+                    self._replace_advantages(batch, output, rewards)
+                self.method.finish(batch, output)
             return output
         finally:
             self._batch = None
 
     def _generate(self, prompts: list):
         result = super()._generate(prompts)
-        if self._batch is not None and self._batch.waiting is not None:
+        if self._batch is not None and self._batch.is_waiting:
             self._replace_failures(self._batch, prompts, *result[:2], *result[3:5])
         elif self._batch is not None and self._batch.is_mixed:
             # TRL has just described all completions; these are the same formulas over the policy's own.
@@ -169,7 +171,8 @@ class LuffyTrainer(LengthAwareTrainer, UnevenSamplingTrainer, SafeTrainer, CardT
         """
         batch.rollout_rewards = super()._calculate_rewards(batch.rows, prompts, completions, completion_ids)
         rewards = metrics.weighted_sum(batch.rollout_rewards, self.reward_weights)
-        batch.insert_waiting(self.method.when(rewards, self.num_generations))
+        batch.has_failed = self.method.when(rewards, self.num_generations)
+        self.method.fill_slots(batch, self.state.global_step, batch.has_failed[batch.local].tolist())
         replaced = batch.replace(completion_ids, logps)
         prefixes = [i for i in replaced if batch.sources[i] == "prefix"]
         if any(gather_object([len(prefixes)])):
@@ -194,13 +197,9 @@ class LuffyTrainer(LengthAwareTrainer, UnevenSamplingTrainer, SafeTrainer, CardT
         self._pending_extra_logs.update(batch.extra_logs, source=batch.sources)
         return batch.rollout_rewards
 
-    def _replace_advantages(self, batch: MixedBatch, output: dict[str, torch.Tensor | Any]):
+    def _replace_advantages(self, batch: MixedBatch, output: dict[str, torch.Tensor | Any], rewards: torch.Tensor):
         """Gives the rows of mixed groups their advantages, and the logs what TRL was not shown."""
-        rewards = metrics.weighted_sum(batch.rewards, self.reward_weights)
-        is_demonstration = batch.is_demonstration
-        advantages = group_advantages(
-            rewards, self.num_generations, is_demonstration, baseline=self.method.baseline, scale=self.scale_rewards
-        )
+        advantages = self.method.advantages(rewards, batch, self.scale_rewards)
         output["advantages"] = advantages[batch.local]
 
         # The deques of the completions table hold exactly one generation batch, so this replaces what TRL put there.

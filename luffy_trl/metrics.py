@@ -191,9 +191,9 @@ def describe_batch(batch: MixedBatch, rewards: torch.Tensor, reward_weights: tor
             )
     # A rollout solves its problem where it earns 1 from each reward function that applies to it. Rows that no
     # function scores have no say.
-    full_rewards = (~batch.rollout_rewards.isnan() * reward_weights).sum(dim=1)
+    full = full_rewards(batch.rollout_rewards, reward_weights)
     rollout_rewards = weighted_sum(batch.rollout_rewards, reward_weights)
-    return metrics | describe_groups(rollout_rewards, full_rewards, batch.num_generations)
+    return metrics | describe_groups(rollout_rewards, full, batch.num_generations)
 
 
 def describe_rollout_rewards(batch: MixedBatch, reward_weights: torch.Tensor) -> dict[str, float]:
@@ -208,6 +208,16 @@ def weighted_sum(rewards_per_func: torch.Tensor, weights: torch.Tensor) -> torch
     """The reward of each row, of shape `(N,)`, from those of shape `(N, F)`; NaN for a row that none applies to."""
     rewards = (rewards_per_func * weights.to(rewards_per_func.device).unsqueeze(0)).nansum(dim=1)
     return rewards.masked_fill(torch.isnan(rewards_per_func).all(dim=1), torch.nan)
+
+
+def full_rewards(rewards_per_func: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """What a row earns, of shape `(N,)`, that gets 1 from each reward function that applies to it."""
+    return (~rewards_per_func.isnan() * weights.to(rewards_per_func.device)).sum(dim=1)
+
+
+def is_solved(rewards: torch.Tensor, full_rewards: torch.Tensor) -> torch.Tensor:
+    """Which rows earn their full reward, of shape `(N,)`. Where all reward weights are 0, nothing can be solved."""
+    return (rewards >= full_rewards) & (full_rewards > 0)
 
 
 def describe_rollouts(completion_ids: list[list[int]], ends: set[int], batch: MixedBatch) -> dict[str, float]:
@@ -259,9 +269,7 @@ def describe_groups(
         `dict[str, float]`: `on_policy/solve_all` and `on_policy/solve_none`, or nothing where no rollout was scored.
     """
     is_silent = rollout_rewards.isnan().view(-1, num_generations)
-    # Where all reward weights are 0, nothing can be solved
-    is_solved = (rollout_rewards >= full_rewards) & (full_rewards > 0)
-    has_solved = is_solved.view(-1, num_generations) | is_silent
+    has_solved = is_solved(rollout_rewards, full_rewards).view(-1, num_generations) | is_silent
     has_failed = ~(rollout_rewards > 0).view(-1, num_generations) | is_silent
     is_scored = ~is_silent.all(dim=1)
     if not is_scored.any():

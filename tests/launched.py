@@ -198,22 +198,22 @@ def resumable(output_dir):
             "demonstration_probability": 0.8,
         },
         "on_failure": {"demonstration_policy": "on_failure", "failure_threshold": 0.5},
+        "replay": {"num_demonstrations": 1, "replay_ratio": 0.5, "replay_start_solve_rate": 0.0},
     }
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
     trainer = LuffyTrainer(
         str(output_dir / "model"),
-        tiny.share_of_digits,
+        tiny.is_even if os.environ["RESUMED_KIND"] == "replay" else tiny.share_of_digits,
         tiny.make_args(
             output_dir / "out",
             per_device_train_batch_size=4 // num_processes,
             gradient_accumulation_steps=2,
             steps_per_generation=4,
-            num_demonstrations=2,
             max_steps=int(os.environ.get("MAX_STEPS", 10)),
             save_strategy="steps",
             save_steps=5,
             adam_beta2=0.9,
-            **kinds[os.environ["RESUMED_KIND"]],
+            **{"num_demonstrations": 2, **kinds[os.environ["RESUMED_KIND"]]},
         ),
         # Two generation batches of four rows make an epoch, so it has four updates; two rows are left over
         Dataset.from_list(tiny.addition_rows(10, lambda i: [f"A{i}{j}" for j in range(4)])),

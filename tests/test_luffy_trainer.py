@@ -121,14 +121,14 @@ def test_traces_are_loaded_once_for_each_generation(model_path, tmp_path):
         tiny.make_args(tmp_path, gradient_accumulation_steps=4, max_steps=2),
         Dataset.from_list(tiny.addition_rows(16)),
     )
-    loaded, traces = [], trainer.method.source._traces
+    loaded, traces = [], trainer.method.sources[0]._traces
 
     class Counted:
         def __getitem__(self, number):
             loaded.append(number)
             return traces[number]
 
-    trainer.method.source._traces = Counted()
+    trainer.method.sources[0]._traces = Counted()
     assert not {"demonstration_ids", "demonstration_logps"} & set(trainer.train_dataset.column_names)
     trainer.train()
     assert len(loaded) == len(set(loaded)) == 8  # two generations of four groups
@@ -1243,7 +1243,7 @@ def test_the_end_of_turn_without_a_generation_config(tmp_path):
     rows = [{"prompt": [{"role": "user", "content": "1"}], "demonstrations": ["2"]}]
     trainer = LuffyTrainer(path, tiny.share_of_digits, tiny.make_args(tmp_path / "out"), Dataset.from_list(rows))
     end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert trainer.method.source._traces[0]["demonstration_ids"][0][-1] == end_of_turn
+    assert trainer.method.sources[0]._traces[0]["demonstration_ids"][0][-1] == end_of_turn
     assert trainer.eos_token_ids == [tokenizer.eos_token_id, end_of_turn]
 
 

@@ -22,7 +22,7 @@ def history(folder):
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
-@pytest.mark.parametrize("kind", ["prefixes", "on_failure"])
+@pytest.mark.parametrize("kind", ["prefixes", "on_failure", "replay"])
 def test_killed_and_resumed(tmp_path, num_processes, kind):
     """
     Two updates for each generation and four for each epoch. Killed in the seventh update, the run resumes after the
@@ -38,6 +38,13 @@ def test_killed_and_resumed(tmp_path, num_processes, kind):
 
     whole, killed = tmp_path / "whole" / "out", tmp_path / "killed" / "out"
     assert len(history(whole)) == 10 and history(killed) == history(whole)
+    if kind == "replay":
+        pools = [torch.load(run / "checkpoint-10" / "kept_by_all.pt")["ReplaySource"] for run in (whole, killed)]
+        assert pools[0]["problems"] == pools[1]["problems"] and len(pools[0]["successes"]) > 4
+        for expected, resumed in zip(pools[0]["successes"], pools[1]["successes"], strict=True):
+            assert all(
+                torch.equal(*map(torch.as_tensor, pair)) for pair in zip(expected[2:], resumed[2:], strict=True)
+            )
     expected = load_file(whole / "checkpoint-10" / "model.safetensors")
     resumed = load_file(killed / "checkpoint-10" / "model.safetensors")
     assert expected.keys() == resumed.keys()

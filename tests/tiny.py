@@ -100,6 +100,12 @@ def share_of_digits(completions, **kwargs):
     return [sum(ch.isdigit() or ch.isupper() for ch in text) / max(len(text), 1) for text in texts]
 
 
+def is_even(completions, **kwargs):
+    """A reward of 0 or 1 that a random model earns about half of the time."""
+    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    return [float(sum(map(ord, text)) % 2 == 0) for text in texts]
+
+
 def addition_rows(num_rows, demonstrations=lambda i: [f"<think>\n{i} and 1</think>A{i + 1}"]):
     return [{"prompt": f"{i}+1=", "demonstrations": demonstrations(i), "answer": str(i + 1)} for i in range(num_rows)]
 

@@ -26,6 +26,7 @@ from ..processes import find_checkpoints
 
 logger = get_logger(__name__)
 
+_KEPT_BY_ALL = "kept_by_all.pt"
 _OF_VERSION_0_1 = (
     "num_processes",
     "per_device_train_batch_size",
@@ -66,10 +67,12 @@ class ResumingTrainer(GRPOTrainer):
 
     - Overrides `train`, `_get_train_sampler`, `_save_checkpoint` and `_init_training_state`.
     - Adds `generation_state` and `load_generation_state`, which a subclass extends by what it keeps from one
-      optimizer step to the next; `forget_generation`; and `options_of_a_batch`, which it extends by its options.
+      optimizer step to the next; `forget_generation`; `options_of_a_batch`, which it extends by its options; and
+      `kept_by_all`, objects with `state_dict` and `load_state_dict` whose state is equal on all processes.
     - Keeps every number of TRL, and the files of a checkpoint, beside which it puts `generation_<process>.pt`.
     """
 
+    kept_by_all: dict[str, Any] = {}
     # Options that the completions of a generation batch, their advantages or their micro-batches depend on
     options_of_a_batch: tuple[str, ...] = (
         "per_device_train_batch_size",
@@ -140,8 +143,9 @@ class ResumingTrainer(GRPOTrainer):
                 "buffered_inputs": self._buffered_inputs if self._is_within_generation() else None,
                 **self.generation_state(),
             }
-            torch.save(state, file.with_suffix(".partial"))
-            file.with_suffix(".partial").rename(file)
+            _save(state, file)
+            if self.args.should_save and (kept := self._kept_states()):
+                _save(kept, folder / _KEPT_BY_ALL)
         super()._save_checkpoint(model, trial)
 
     def _init_training_state(
@@ -157,8 +161,32 @@ class ResumingTrainer(GRPOTrainer):
                     f"{max_steps}: nothing is left to train. Raise `max_steps` or `num_train_epochs`, or use the "
                     "checkpoint as it is."
                 )
+            self._load_kept(Path(resume_from_checkpoint) / _KEPT_BY_ALL)
             self._load_generation(Path(resume_from_checkpoint))
         return result
+
+    def _kept_states(self) -> dict[str, dict[str, Any]]:
+        states = {name: kept.state_dict() for name, kept in self.kept_by_all.items()}
+        return {name: state for name, state in states.items() if state}
+
+    def _load_kept(self, file: Path):
+        if not self._kept_states():
+            return
+        states, problem = {}, None
+        try:
+            states = torch.load(file, map_location="cpu")
+            missing = [name for name in self._kept_states() if name not in states]
+            problem = f"it has no state of {', '.join(missing)}" if missing else None
+        except Exception as error:  # of the file system, pickle, zip and torch
+            problem = str(error)
+        problems = [problem for problem in gather_object([problem]) if problem]
+        if problems:
+            raise ValueError(
+                f"{file} cannot be read, and without it the run cannot go on as it was: {problems[0]}. Resume from "
+                "another checkpoint, or begin again from the weights: `model_name_or_path` takes the folder."
+            )
+        for name in self._kept_states():
+            self.kept_by_all[name].load_state_dict(states[name])
 
     def generation_state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the generation batch: the metrics that have not been logged."""
@@ -175,6 +203,8 @@ class ResumingTrainer(GRPOTrainer):
         self._buffered_inputs = None
         self._last_loaded_step = -1  # vLLM gets the weights at the first generation
         self._metrics["train"].clear()
+        for kept in self.kept_by_all.values():
+            kept.load_state_dict({})
 
     def _load_generation(self, folder: Path):
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
@@ -228,6 +258,12 @@ class ResumingTrainer(GRPOTrainer):
         if state["buffered_inputs"] is not None and len(state["buffered_inputs"]) != self.args.steps_per_generation:
             return None, f"{file.name} has {len(state['buffered_inputs'])} batches"
         return state, None
+
+
+def _save(state: dict[str, Any], file: Path):
+    """Writes a file that is there when it is complete."""
+    torch.save(state, file.with_suffix(".partial"))
+    file.with_suffix(".partial").rename(file)
 
 
 def find_last_checkpoint(output_dir: str) -> str | None:

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,6 +19,7 @@ from ..demonstrations import (
 )
 from ..groups import Demonstration, MixedBatch
 from ..luffy_config import LuffyConfig
+from .comprehension import rank_by_comprehension
 
 
 # The share of the way from `prefix_ratio_min` to `prefix_ratio_max`, from the progress of the schedule (0 to 1)
@@ -40,11 +42,24 @@ class DatasetSource:
     def __init__(self, args: LuffyConfig):
         self.args = args
         self._traces: Dataset | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
 
     def prepare(
         self, dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, model: str | PreTrainedModel
     ) -> Dataset | IterableDataset:
         """Tokenizes the traces of a dataset, and keeps them; returns the dataset that the trainer loads rows from."""
+        self._tokenizer = tokenizer
+        columns = dataset.column_names or []
+        if self.args.demonstration_choice == "comprehension" and columns and not {"answer", "solution"} & set(columns):
+            raise ValueError(
+                "`demonstration_choice='comprehension'` measures the probability of the gold answer, and the dataset "
+                f"has only the columns {columns}. Give it a column `answer` or `solution`."
+            )
+        if self.args.objective == "oapl" and columns and "demonstration_logprobs" not in columns:
+            raise ValueError(
+                "`objective='oapl'` fits the log-ratio to whoever wrote a completion, and the dataset has no column "
+                "`demonstration_logprobs`. Give it one (`luffy prepare-data score`), or set `num_demonstrations=0`."
+            )
         generation_config = load_generation_config(model, **self.args.load_options)
         dataset = tokenize_demonstrations(
             dataset,
@@ -60,38 +75,47 @@ class DatasetSource:
         self._traces = dataset.select_columns(list(DEMONSTRATION_COLUMNS))
         return dataset.remove_columns(list(DEMONSTRATION_COLUMNS.keys() - {"demonstration_row"}))
 
+    def _traces_of(self, batch: MixedBatch) -> list[dict[str, Any]]:
+        """The B rows with their traces."""
+        assert batch.inputs is not None
+        if self._traces is None:
+            return batch.inputs
+        traces = {number: self._traces[number] for number in {row["demonstration_row"] for row in batch.inputs}}
+        return [traces[row["demonstration_row"]] for row in batch.inputs]
+
+    def count_dropped(self, batch: MixedBatch) -> int:
+        return sum(row["demonstrations_dropped"] for i, row in enumerate(self._traces_of(batch)) if batch.slot(i) == 0)
+
     def open_slots(
-        self, rows: list[dict[str, Any]], batch: MixedBatch, step: int
-    ) -> tuple[list[Demonstration | None], int]:
-        """
-        Decides for each row of this process whether, and what, it shows of a trace.
-
-        Args:
-            rows (`list[dict[str, Any]]`):
-                The B rows, with `demonstration_row`.
-            batch ([`MixedBatch`]):
-                Their batch.
-            step (`int`):
-                Optimizer step.
-
-        Returns:
-            `tuple[list[Demonstration | None], int]`: A demonstration for each row, and how many traces of the groups
-            that begin here were dropped.
-        """
-        if self._traces is not None:
-            traces = {number: self._traces[number] for number in {row["demonstration_row"] for row in rows}}
-            rows = [traces[row["demonstration_row"]] for row in rows]
-        demonstrations, num_dropped = [], 0
+        self, batch: MixedBatch, step: int, slots: list[Demonstration | None], is_open: list[bool]
+    ) -> list[Demonstration | None]:
+        last = self.args.demonstration_max_steps
+        if last is not None and step >= last:
+            return slots
+        rows = self._traces_of(batch)
+        ranks: list[list[int] | None] = [None] * len(rows)
+        if self.args.demonstration_choice == "comprehension":
+            ranks = rank_by_comprehension(rows, batch, is_open, self._tokenizer)
         for i, row in enumerate(rows):
             slot = batch.slot(i)
-            chosen = choose_demonstrations(row, self.args, step)
-            demonstrations.append(chosen[slot] if slot < len(chosen) else None)
-            if slot == 0:
-                num_dropped += row["demonstrations_dropped"]
-        return demonstrations, num_dropped
+            chosen = choose_demonstrations(row, self.args, step, ranks[i]) if is_open[i] else []
+            if slot < len(chosen):
+                slots[i] = chosen[slot]
+        return slots
+
+    def observe(self, batch: MixedBatch, output: dict[str, Any], is_solved: torch.Tensor):
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]):
+        pass
 
 
-def choose_demonstrations(row: dict[str, Any], args: LuffyConfig, step: int) -> list[Demonstration | None]:
+def choose_demonstrations(
+    row: dict[str, Any], args: LuffyConfig, step: int, ranking: list[int] | None = None
+) -> list[Demonstration | None]:
     """
     Chooses what a row shows at a step. Every process, and a resumed run, makes the same choice.
 
@@ -102,6 +126,8 @@ def choose_demonstrations(row: dict[str, Any], args: LuffyConfig, step: int) -> 
             Configuration of the run.
         step (`int`):
             Optimizer step at which the group is generated.
+        ranking (`list[int]`, *optional*):
+            Numbers of the traces, the best first. If `None`, traces are drawn.
 
     Returns:
         `list[Demonstration | None]`: At most `args.num_demonstrations` demonstrations of distinct traces, in the order
@@ -111,7 +137,9 @@ def choose_demonstrations(row: dict[str, Any], args: LuffyConfig, step: int) -> 
     if rng.random() >= args.demonstration_probability:
         return []
     numbers = list(range(len(row["demonstration_ids"])))
-    if len(numbers) > args.num_demonstrations:
+    if ranking is not None:
+        numbers = ranking[: args.num_demonstrations]
+    elif len(numbers) > args.num_demonstrations:
         numbers = rng.sample(numbers, args.num_demonstrations)
     demonstrations = []
     for slot, number in enumerate(numbers):
@@ -140,7 +168,7 @@ def prefix_ratio(args: LuffyConfig, step: int, slot: int, rng: random.Random) ->
         slot (`int`):
             Slot of the demonstration in its group.
         rng (`random.Random`):
-            Source of `prefix_schedule="random"`.
+            Source of `prefix_schedule="random"` and `"random_cosine"`.
 
     Returns:
         `float`: A ratio between `args.prefix_ratio_min` and `args.prefix_ratio_max`.
@@ -150,6 +178,9 @@ def prefix_ratio(args: LuffyConfig, step: int, slot: int, rng: random.Random) ->
         share = rng.random()
     elif args.prefix_schedule == "fixed":
         share = slot / (args.num_demonstrations - 1) if args.num_demonstrations > 1 else 1.0
+    elif args.prefix_schedule == "random_cosine":
+        low += (high - low) * SCHEDULES["cosine"](min(step / args.prefix_schedule_steps, 1.0))
+        share = rng.random()
     else:
         share = SCHEDULES[args.prefix_schedule](min(step / args.prefix_schedule_steps, 1.0))
     return low + (high - low) * share

@@ -1,0 +1,222 @@
+# Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
+
+"""
+A method of training on demonstrations and rollouts: where demonstrations come from, when they are shown, what rewards
+are compared with, and what is minimised.
+
+| recipe | sources | when | advantages | objective |
+| --- | --- | --- | --- | --- |
+| `qwen2.5_math_7b` (LUFFY) | traces of the row | always | group | policy gradient, shaped |
+| `luffy_on_failure` | traces of the row | groups that fail | group | policy gradient, shaped |
+| `mixed_no_shaping` | traces of the row | always | group | policy gradient |
+| `rl_with_sft_loss` | traces of the row | always | rollouts | policy gradient on rollouts, cross-entropy |
+| `chord` | traces of the row | always | rollouts | the same, interpolated, weighted by p (1 - p) |
+| `exgrpo` | own successes | once rollouts succeed | group | policy gradient, shaped on replays |
+| `luffy_then_exgrpo` | traces, then own successes | always | group | policy gradient, shaped |
+| `hpt` | a trace of the row | groups that fail | rollouts | policy gradient elsewhere, cross-entropy there |
+| `srft` | traces of the row | always | group | shaped on traces, likelihood by entropy on both |
+| `rl_plus` | traces of the row | always | group | policy gradient over a mixture of policies |
+| `prefix_rft` | a prefix of a trace | always | group | policy gradient, prefix tokens of high entropy |
+| `ampo` | the trace that helps | groups that fail | group | policy gradient, shaped, by completion |
+| `oapl` | none | - | r - V* | regression of the log-ratio |
+| `grpo_baseline` | none | - | group | policy gradient, clipped |
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..groups import MixedBatch
+from ..losses import CrossEntropy, KLPenalty, Objective, PolicyGradient, Shaping, Term, group_advantages
+from ..luffy_config import LuffyConfig
+from ..sources import Source
+from ..sources.dataset import DatasetSource
+from ..sources.replay import ReplaySource
+from .oapl import OAPL, optimal_advantages
+from .rl_plus import RLPlus
+from .srft import SRFT, SRFTCrossEntropy
+
+
+# Options that the demonstrations and advantages of a generation batch depend on
+OPTIONS_OF_A_METHOD = (
+    "advantage_baseline",
+    "rollout_advantage_weight",
+    "num_demonstrations",
+    "demonstration_policy",
+    "failure_threshold",
+    "demonstration_probability",
+    "demonstration_overflow",
+    "demonstration_advantage_weight",
+    "prefix_ratio_min",
+    "prefix_ratio_max",
+    "prefix_schedule",
+    "prefix_schedule_steps",
+    "demonstration_choice",
+    "demonstration_max_steps",
+    "failed_rollouts",
+    "objective",
+    "oapl_value_beta",
+    "replay_ratio",
+)
+
+
+@dataclass(frozen=True)
+class OnFailure:
+    """
+    Demonstrations are shown where the rollouts of a group fail.
+
+    Args:
+        threshold (`float`):
+            A group fails where the mean reward of its rollouts is not above this.
+    """
+
+    threshold: float
+
+    def __call__(self, rewards: torch.Tensor, num_generations: int) -> torch.Tensor:
+        """Which of N rows are in a group that fails, from their rewards; both of shape `(N,)`."""
+        mean_rewards = rewards.view(-1, num_generations).nanmean(dim=1)
+        return (mean_rewards <= self.threshold).repeat_interleave(num_generations)
+
+
+@dataclass(frozen=True)
+class Method:
+    """
+    What a trainer with demonstrations does beyond GRPO.
+
+    Args:
+        sources (`tuple[Source, ...]`):
+            Who opens slots for demonstrations, in this order.
+        when ([`OnFailure`], *optional*):
+            When they are shown; `None` is always.
+        baseline (`str`):
+            What the mean reward is taken over; see [`group_advantages`].
+        objective ([`Objective`]):
+            What is minimised.
+        advantage_weights (`tuple[float, float]`, *optional*, defaults to `(1.0, 1.0)`):
+            Of the advantages of demonstration tokens and of rollout tokens.
+        value_beta (`float`, *optional*):
+            Temperature of the optimal value that rewards are compared with, instead of a mean; see
+            [`optimal_advantages`].
+        drops_failures (`bool`, *optional*, defaults to `False`):
+            Whether rollouts of groups that fail have advantage 0.
+    """
+
+    sources: tuple[Source, ...]
+    when: OnFailure | None
+    baseline: str
+    objective: Objective
+    advantage_weights: tuple[float, float] = (1.0, 1.0)
+    value_beta: float | None = None
+    drops_failures: bool = False
+
+    @property
+    def makes_advantages(self) -> bool:
+        """Whether advantages are others than TRL's."""
+        return bool(self.sources) or self.value_beta is not None
+
+    def prepare(self, dataset, tokenizer, model):
+        """Lets each source read the training data; returns what the trainer loads rows from."""
+        for source in self.sources:
+            dataset = source.prepare(dataset, tokenizer, model)
+        return dataset
+
+    def open_slots(self, batch: MixedBatch, step: int) -> int:
+        """Fills the slots of a batch, unless they wait for failures; how many demonstrations were dropped."""
+        batch.is_waiting = self.when is not None and bool(self.sources)
+        if self.sources and not batch.is_waiting:
+            self.fill_slots(batch, step, [True] * len(batch.rows))
+        return sum(source.count_dropped(batch) for source in self.sources)
+
+    def fill_slots(self, batch: MixedBatch, step: int, is_open: list[bool]):
+        """Inserts what the sources have for the local rows that are open."""
+        slots: list = [None] * len(batch.rows)
+        for source in self.sources:
+            slots = source.open_slots(batch, step, slots, is_open)
+        batch.insert(slots)
+
+    def advantages(self, rewards: torch.Tensor, batch: MixedBatch, scale: str) -> torch.Tensor:
+        """The advantages of all rows, of shape `(N,)`, from their rewards."""
+        if self.value_beta is not None:
+            return optimal_advantages(rewards, batch.num_generations, self.value_beta)
+        advantages = group_advantages(
+            rewards, batch.num_generations, batch.is_demonstration, baseline=self.baseline, scale=scale
+        )
+        if self.drops_failures and batch.has_failed is not None:
+            advantages = advantages.masked_fill(batch.has_failed & ~batch.is_demonstration, 0.0)
+        return advantages
+
+    def finish(self, batch: MixedBatch, output: dict[str, Any]):
+        """Weights the advantages, from the shape `(B,)` to `(B, T)`, and lets the sources see what was earned."""
+        if self.advantage_weights != (1.0, 1.0):
+            weights = torch.where(output["demonstration_mask"], *self.advantage_weights)
+            output["advantages"] = output["advantages"].unsqueeze(1) * weights
+        for source in self.sources:
+            source.observe(batch, output, batch.is_solved)
+
+    @classmethod
+    def from_args(cls, args: LuffyConfig) -> "Method":
+        """The one place where options become a method."""
+        sources: list[Source] = []
+        if args.num_demonstrations > 0:
+            sources.append(DatasetSource(args))
+        if args.replay_ratio > 0:
+            sources.append(ReplaySource(args))
+        return cls(
+            sources=tuple(sources),
+            when=OnFailure(args.failure_threshold) if args.demonstration_policy == "on_failure" else None,
+            baseline=args.advantage_baseline,
+            objective=Objective(tuple(_terms(args)), args.loss_type),
+            advantage_weights=(args.demonstration_advantage_weight, args.rollout_advantage_weight),
+            value_beta=args.oapl_value_beta if args.objective == "oapl" else None,
+            drops_failures=args.failed_rollouts == "drop",
+        )
+
+
+def _terms(args: LuffyConfig) -> list[Term]:
+    """The terms of the objective. TRL adds the penalty first, so that sums agree to the bit."""
+    terms: list[Term] = []
+    if args.beta != 0.0:
+        terms.append(KLPenalty(args.beta, args.use_bias_correction_kl))
+    if args.objective == "rl_plus":
+        return [*terms, RLPlus(args.rl_plus_focal)]
+    if args.objective == "srft":
+        shaped = SRFT(_shaping(args, "policy_shaping"), args.srft_success_weight, args.srft_min_logp)
+        return [*terms, shaped, SRFTCrossEntropy(args.srft_sft_weight)]
+    if args.objective == "oapl":
+        return [*terms, OAPL(args.oapl_policy_beta)]
+    is_sft = args.demonstration_loss == "sft"
+    policy_gradient = PolicyGradient(
+        shaping=_shaping(args, "policy_shaping"),
+        on_policy_shaping=_shaping(args, "on_policy_shaping"),
+        clip_range=_clip_range(args),
+        ratio_range=(args.demonstration_ratio_min, args.demonstration_ratio_max),
+        max_token_prob=args.max_token_prob,
+        on="rollouts" if is_sft else "all",
+        clips_mixed=args.ratio_clipping != "until_mixed",
+        entropy_share=args.demonstration_entropy_share,
+    )
+    terms.append(policy_gradient)
+    if is_sft:
+        cross_entropy = CrossEntropy(
+            peak=args.sft_loss_coef,
+            minimum=args.sft_loss_coef_min,
+            warmup_steps=args.sft_loss_coef_warmup_steps,
+            decay_steps=args.sft_loss_coef_decay_steps,
+            interpolate=args.sft_loss_combination == "interpolate",
+            token_weight=args.sft_token_weight,
+            reduction="demonstrations" if args.sft_loss_reduction == "tokens" else None,
+        )
+        terms.append(cross_entropy)
+    return terms
+
+
+def _shaping(args: LuffyConfig, name: str) -> Shaping:
+    kind, *parameters = (getattr(args, f"{name}{suffix}") for suffix in ("", "_gamma", "_power", "_weight"))
+    return Shaping(kind, *parameters)
+
+
+def _clip_range(args: LuffyConfig) -> tuple[float, float] | None:
+    if args.ratio_clipping == "none":
+        return None
+    return 1 - args.epsilon, 1 + (args.epsilon if args.epsilon_high is None else args.epsilon_high)

@@ -1,0 +1,45 @@
+# Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
+
+"""
+Unlike LUFFY, which divides by pi_phi = 1 and shapes the ratio, RL-PLUS (arXiv 2508.00222) divides by a mixture of the
+policy before the update and a uniform one, and weights the advantage by what the policy does not yet believe.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from ..losses import TokenBatch
+
+
+@dataclass(frozen=True)
+class RLPlus:
+    r"""
+    The policy gradient of RL-PLUS. Nothing is clipped.
+
+    A demonstration token has the loss -A (1 - sg pi)^focal * 2 pi / (pi_old + 0.5 (pi_old + 1)), a rollout token
+    -A pi / pi_old.
+
+    Args:
+        focal (`float`, *optional*, defaults to `0.5`):
+            The exponent; 0 weights all tokens alike.
+    """
+
+    focal: float = 0.5
+    reduction: ClassVar[str | None] = None
+    in_evaluation: ClassVar[bool] = True
+
+    def __call__(self, tokens: TokenBatch, step: int) -> tuple[torch.Tensor, dict[str, Any]]:
+        advantages = tokens.advantages.unsqueeze(1) if tokens.advantages.dim() == 1 else tokens.advantages
+        probs, old_probs = tokens.logps.exp(), tokens.old_logps.exp()
+        shaped = 2 * probs / (old_probs + 0.5 * (old_probs + 1)) * (1 - probs.detach()).clamp(min=0.0) ** self.focal
+        ratio = tokens.ratio if tokens.sampling_ratio is None else tokens.ratio * tokens.sampling_ratio
+        coefficient = torch.where(tokens.demonstration_mask, shaped, ratio)
+        loss = -coefficient * advantages * tokens.mask
+        nothing = torch.zeros_like(tokens.demonstration_mask)
+        stats = {"coefficient": coefficient.detach(), "low_clipped": nothing, "high_clipped": nothing}
+        return loss, {**stats, "loss": loss.detach()}
+
+    def share(self, step: int) -> float:
+        return 0.0

@@ -1,0 +1,75 @@
+# Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
+
+"""
+Unlike LUFFY, which has one loss on demonstrations and rollouts, SRFT (arXiv 2506.19767) adds cross-entropy on traces,
+and replaces the policy gradient of rollouts by weighted likelihood; the mean entropy of a completion weights both.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from ..losses import Shaping, TokenBatch
+
+
+@dataclass(frozen=True)
+class SRFTCrossEntropy:
+    """
+    Cross-entropy on demonstration tokens, weighted by weight * exp(-H) of the mean entropy H of the completion.
+
+    Args:
+        weight (`float`, *optional*, defaults to `0.5`):
+            The weight.
+    """
+
+    weight: float = 0.5
+    reduction: ClassVar[str | None] = "demonstrations"
+    in_evaluation: ClassVar[bool] = False
+
+    def __call__(self, tokens: TokenBatch, step: int) -> tuple[torch.Tensor, dict[str, Any]]:
+        loss = -self.weight * torch.exp(-tokens.mean_entropies) * tokens.logps * tokens.demonstration_mask
+        return loss, {"demonstration_loss": -tokens.logps.detach()}
+
+    def share(self, step: int) -> float:
+        return 0.0
+
+
+@dataclass(frozen=True)
+class SRFT:
+    """
+    LUFFY's loss on demonstration tokens; on rollout tokens -c log pi with c = weight * exp(H) where the completion
+    earns full reward, and c = -1 where it does not.
+
+    The latter has no minimum: a token of a failure is pushed down however improbable it is. Below `min_logp` it is
+    left alone.
+
+    Args:
+        shaping ([`Shaping`], *optional*):
+            Shaping of the demonstration ratio.
+        success_weight (`float`, *optional*, defaults to `0.1`):
+            Weight of successes.
+        min_logp (`float`, *optional*, defaults to `-20.0`):
+            Log-probability below which a token of a failure carries no loss.
+    """
+
+    shaping: Shaping = Shaping()
+    success_weight: float = 0.1
+    min_logp: float = -20.0
+    reduction: ClassVar[str | None] = None
+    in_evaluation: ClassVar[bool] = True
+
+    def __call__(self, tokens: TokenBatch, step: int) -> tuple[torch.Tensor, dict[str, Any]]:
+        advantages = tokens.advantages.unsqueeze(1) if tokens.advantages.dim() == 1 else tokens.advantages
+        is_solved = tokens.is_solved.unsqueeze(1)
+        pushes_down = ~is_solved & (tokens.logps.detach() > self.min_logp)
+        weights = torch.where(is_solved, self.success_weight * torch.exp(tokens.mean_entropies), -pushes_down.float())
+        shaped = self.shaping(tokens.ratio)
+        loss = torch.where(tokens.demonstration_mask, -shaped * advantages, -weights * tokens.logps) * tokens.mask
+        nothing = torch.zeros_like(tokens.demonstration_mask)
+        coefficient = torch.where(tokens.demonstration_mask, shaped.detach(), weights)
+        stats = {"coefficient": coefficient, "low_clipped": nothing, "high_clipped": nothing}
+        return loss, {**stats, "loss": loss.detach()}
+
+    def share(self, step: int) -> float:
+        return 0.0

@@ -1,0 +1,502 @@
+# Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
+
+"""The family: each loss against the released one or a computation per sequence, and what a method does to a group."""
+
+import copy
+import json
+import math
+import random
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+
+from luffy_trl import LuffyTrainer
+from luffy_trl.groups import Caches, Demonstration, MixedBatch
+from luffy_trl.losses import (
+    CrossEntropy,
+    Denominators,
+    Objective,
+    PolicyGradient,
+    TokenBatch,
+    high_entropy_mask,
+)
+from luffy_trl.methods.oapl import OAPL, optimal_advantages
+from luffy_trl.methods.rl_plus import RLPlus
+from luffy_trl.methods.srft import SRFT, SRFTCrossEntropy
+from luffy_trl.sources.dataset import prefix_ratio
+from luffy_trl.sources.replay import Problem, ReplaySource
+
+
+REFERENCE = np.load(Path(__file__).parent / "data" / "methods_reference.npz")
+CASES = json.loads(REFERENCE["meta"].tobytes())
+
+
+@pytest.mark.parametrize("index", range(len(CASES)))
+def test_the_released_losses(index):
+    case = CASES[index]
+    names = ("log_prob", "old_log_prob", "mask", "demonstration_mask", "rewards", "advantages", "entropies", "grad")
+    arrays = {name: torch.from_numpy(REFERENCE[f"{index}/{name}"]) for name in names}
+    logps = arrays["log_prob"].requires_grad_()
+    mask, demonstration_mask = arrays["mask"].double(), arrays["demonstration_mask"] & arrays["mask"]
+    tokens = TokenBatch(
+        logps=logps,
+        old_logps=arrays["old_log_prob"],
+        mask=mask,
+        demonstration_mask=demonstration_mask,
+        advantages=arrays["advantages"],
+        entropies=arrays["entropies"],
+        is_solved=arrays["rewards"] == 1,
+    )
+    # Theirs is the mean over tokens, or the sum over tokens and completions divided by the maximum length
+    one = torch.tensor(1.0)
+    denominators = Denominators(1, mask.sum(), one, demonstration_mask.sum(), num_means=1.0)
+    terms = (RLPlus(),) if case["method"] == "rl_plus" else (SRFT(), SRFTCrossEntropy())
+    loss_type = {"token_mean": "bnpo", "sum_over_max_length": "dr_grpo"}[case["aggregation"]]
+    loss, divisor, _ = Objective(terms, loss_type)(tokens, denominators, case["max_length"], step=0)
+    assert divisor == 1.0
+    (grad,) = torch.autograd.grad(loss, logps)
+    assert loss.item() == pytest.approx(case["loss"], abs=1e-6)
+    torch.testing.assert_close(grad, arrays["grad"], atol=1e-6, rtol=0)
+
+
+def random_tokens(seed=0, rows=3, length=5, **kwargs):
+    generator = torch.Generator().manual_seed(seed)
+
+    def rand(*shape):
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    lengths = torch.tensor([length, length - 1, length - 2])
+    mask = (torch.arange(length) < lengths[:, None]).double()
+    return TokenBatch(
+        **{
+            "logps": (rand(rows, length) * -3).requires_grad_(),
+            "old_logps": rand(rows, length) * -3,
+            "mask": mask,
+            "demonstration_mask": torch.tensor([[True], [False], [False]]) & mask.bool(),
+            "advantages": rand(rows) - 0.5,
+            "entropies": rand(rows, length) * 2,
+            "is_solved": torch.tensor([True, True, False]),
+            "is_mixed": torch.tensor(True),
+            **kwargs,
+        }
+    )
+
+
+def denominators_of(tokens, num_means=1.0):
+    return Denominators(
+        len(tokens.mask), tokens.mask.sum(), tokens.mask.sum(), tokens.demonstration_mask.sum(), num_means
+    )
+
+
+def test_the_loss_of_a_failure_is_bounded():
+    tokens = random_tokens(
+        logps=torch.tensor([[-1.0, -19.9, -20.1]] * 3, requires_grad=True),
+        old_logps=torch.zeros(3, 3),
+        mask=torch.ones(3, 3),
+        demonstration_mask=torch.zeros(3, 3, dtype=torch.bool),
+        entropies=torch.zeros(3, 3),
+    )
+    loss, _ = SRFT(success_weight=0.1, min_logp=-20.0)(tokens, 0)
+    loss.sum().backward()
+    # Solved: -0.1 exp(0) for each token; failed: +1, but for what is below the bound
+    assert tokens.logps.grad.tolist() == [[pytest.approx(-0.1)] * 3, [pytest.approx(-0.1)] * 3, [1.0, 1.0, 0.0]]
+
+
+def test_oapl_per_sequence():
+    behavior = torch.full((3, 5), -0.7, dtype=torch.float64)
+    tokens = random_tokens(behavior_logps=behavior)
+    loss, divisor, _ = Objective((OAPL(beta=0.3),), "dr_grpo")(tokens, denominators_of(tokens, 4.0), 99, step=0)
+    expected = 0.0
+    for row, length in enumerate((5, 4, 3)):
+        sampler = behavior if row == 0 else tokens.old_logps
+        log_ratio = sum(tokens.logps[row, t] - sampler[row, t] for t in range(length))
+        expected = expected + (0.3 * log_ratio - tokens.advantages[row]) ** 2 / 3
+    torch.testing.assert_close(loss / divisor, expected / 4)
+    grads = [
+        torch.autograd.grad(value, tokens.logps, retain_graph=True)[0] for value in (loss / divisor, expected / 4)
+    ]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0])
+def test_optimal_advantages_by_hand(beta):
+    rewards = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0, math.nan, 0.0], dtype=torch.float64)
+    first = beta * math.log((math.exp(1 / beta) + 3) / 4)
+    second = beta * math.log((2 * math.exp(1 / beta) + 1) / 3)
+    expected = [1 - first, -first, -first, -first, 1 - second, 1 - second, 0.0, -second]
+    assert optimal_advantages(rewards, 4, beta).tolist() == pytest.approx(expected)
+
+
+def test_rewards_that_differ_little_have_the_advantages_of_grpo():
+    rewards = torch.rand(8, dtype=torch.float64)
+    mean = rewards.view(2, 4).mean(1).repeat_interleave(4)
+    torch.testing.assert_close(optimal_advantages(rewards, 4, 1e6), rewards - mean, atol=1e-6, rtol=0)
+
+
+def test_tokens_of_high_entropy():
+    entropies = torch.tensor([[0.1, 0.9, 0.5, 0.7, 0.3], [0.2, 0.2, 0.2, 0.2, 9.0]])
+    mask = torch.tensor([[True] * 5, [True] * 4 + [False]])
+    assert high_entropy_mask(entropies, mask, 0.4).int().tolist() == [[0, 1, 0, 1, 0], [1, 1, 0, 0, 0]]
+    assert high_entropy_mask(entropies, mask, 0.01).int().tolist() == [[0, 1, 0, 0, 0], [1, 0, 0, 0, 0]]
+    assert torch.equal(high_entropy_mask(entropies, mask, 1.0), mask)
+
+
+def test_only_demonstration_tokens_of_high_entropy_carry_a_loss():
+    tokens = random_tokens()
+    loss, _ = PolicyGradient(entropy_share=0.4)(tokens, 0)
+    full, _ = PolicyGradient()(tokens, 0)
+    top = tokens.entropies[0].argsort(descending=True)[:2].tolist()
+    for t in range(5):
+        assert loss[0, t] == (full[0, t] if t in top else 0.0)
+    assert torch.equal(loss[1:], full[1:])
+
+
+def test_rollouts_are_clipped_until_a_batch_is_mixed():
+    for is_mixed in (True, False):
+        tokens = random_tokens(is_mixed=torch.tensor(is_mixed))
+        until_mixed, stats = PolicyGradient(clip_range=(0.8, 1.2), clips_mixed=False)(tokens, 0)
+        other, other_stats = PolicyGradient(clip_range=None if is_mixed else (0.8, 1.2))(tokens, 0)
+        assert torch.equal(until_mixed, other)
+        for name in ("low_clipped", "high_clipped"):
+            assert torch.equal(stats[name], other_stats[name])
+    assert stats["high_clipped"].any() or stats["low_clipped"].any()
+
+
+def test_cross_entropy_divided_as_the_policy_gradient():
+    tokens = random_tokens()
+    terms = (PolicyGradient(on="rollouts"), CrossEntropy(0.3, reduction=None))
+    loss, _, _ = Objective(terms, "dr_grpo")(tokens, denominators_of(tokens), 7, step=0)
+    policy, _ = PolicyGradient(on="rollouts")(tokens, 0)
+    expected = (policy.sum() - 0.3 * tokens.logps[0].sum()) / (3 * 7)
+    torch.testing.assert_close(loss, expected)
+
+
+def make_trainer(tmp_path, reward=None, rows=4, **options):
+    path = tiny.save_tiny_model(tmp_path / "model")
+    data = Dataset.from_list(rows if isinstance(rows, list) else tiny.addition_rows(rows))
+    return LuffyTrainer(path, reward or tiny.share_of_digits, tiny.make_args(tmp_path, **options), data, data)
+
+
+HPT = {
+    "demonstration_policy": "on_failure",
+    "failed_rollouts": "drop",
+    "demonstration_loss": "sft",
+    "advantage_baseline": "on_policy",
+    "sft_loss_reduction": "loss_type",
+}
+REPLAY = {"replay_ratio": 0.5, "replay_start_solve_rate": 0.0}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"objective": "rl_plus"},
+        {"objective": "rl_plus", "gradient_accumulation_steps": 2, "steps_per_generation": 4, "max_steps": 3},
+        {"objective": "srft", "loss_type": "dapo", "eval_strategy": "steps", "eval_steps": 1},
+        {"objective": "oapl", "num_demonstrations": 0, "gradient_accumulation_steps": 2, "steps_per_generation": 4},
+        {"objective": "oapl", "num_demonstrations": 0, "max_tokens_per_microbatch": 64, "beta": 0.1},
+        {**HPT, "failure_threshold": 2.0},
+        {
+            "prefix_ratio_min": 0.1,
+            "prefix_ratio_max": 0.9,
+            "prefix_schedule": "random_cosine",
+            "prefix_schedule_steps": 9,
+            "demonstration_entropy_share": 0.2,
+        },
+        {**REPLAY, "num_demonstrations": 0, "max_steps": 4, "ratio_clipping": "until_mixed"},
+    ],
+)
+def test_a_step(tmp_path, options):
+    trainer = make_trainer(tmp_path, rows=16, **options)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.train()
+    losses = [value for logs in trainer.state.log_history for name, value in logs.items() if name.endswith("loss")]
+    assert losses and all(math.isfinite(loss) for loss in losses)
+    assert any("eval_loss" in logs for logs in trainer.state.log_history) == ("eval_strategy" in options)
+    assert any(not torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+
+
+def record_losses(trainer):
+    """What the loss of each micro-batch is computed from, in a list that it returns."""
+    recorded, compute = [], trainer._compute_loss
+
+    def recording(model, inputs):
+        recorded.append({name: value.clone() if torch.is_tensor(value) else value for name, value in inputs.items()})
+        return compute(model, inputs)
+
+    trainer._compute_loss = recording
+    return recorded
+
+
+def test_the_old_log_probs_of_demonstrations(tmp_path):
+    """RL-PLUS reads them; the second update of a generation batch has others than the policy."""
+    trainer = make_trainer(tmp_path, objective="rl_plus", gradient_accumulation_steps=1, steps_per_generation=2)
+    recorded = record_losses(trainer)
+    trainer.train()
+    (inputs,) = recorded
+    shown = inputs["demonstration_mask"] & inputs["completion_mask"].bool()
+    assert shown.any() and (inputs["old_per_token_logps"][shown] < 0).all()
+
+
+def test_failed_groups_learn_from_their_trace_alone(tmp_path):
+    """Of two groups one fails, though one of its rollouts earns something."""
+
+    def reward(completions, prompts, **kwargs):
+        fails = [prompt.startswith("0") for prompt in prompts]
+        return [
+            1.0 if "A" in text and "and 1" in text else (0.3 if failing else 1.0) * (len(text) % 2)
+            for text, failing in zip(completions, fails, strict=True)
+        ]
+
+    for drop in (True, False):
+        options = {**HPT, "failed_rollouts": "drop" if drop else "keep", "failure_threshold": 0.25}
+        trainer = make_trainer(tmp_path, reward, rows=2, per_device_train_batch_size=8, seed=3, **options)
+        seen = record_batches(trainer)
+        trainer.train()
+        ((batch, _),) = seen
+        failed = batch.has_failed & ~batch.is_demonstration
+        assert batch.has_failed.tolist().count(True) == 4 and batch.is_demonstration.sum() == 1
+        rewards = batch.rewards[:, 0]
+        expected = torch.zeros(8)
+        for group in (slice(0, 4), slice(4, 8)):
+            rollouts = ~batch.is_demonstration[group]
+            expected[group] = rewards[group] - rewards[group][rollouts].mean()
+        assert expected[failed].abs().max() > 0.01
+        if drop:
+            expected[failed] = 0.0
+        torch.testing.assert_close(batch.advantages, expected)
+
+
+def logps_and_entropy(model, prompt, ids):
+    """Log-probs of the tokens of a completion, and their mean entropy, one sequence at a time."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    return logits.gather(1, torch.tensor(ids)[:, None])[:, 0], -(logits.exp() * logits).sum(1).mean().item()
+
+
+def record_batches(trainer):
+    """Of each generation batch: itself, and prompt ids, completion ids, log-probs and pi_phi of each row."""
+    seen, finish = [], trainer.method.finish
+
+    def recording(batch, output):
+        finish(batch, output)
+        rows = []
+        for i in range(len(batch.rows)):
+            prompt = output["prompt_ids"][i][output["prompt_mask"][i].bool()].tolist()
+            ids = output["completion_ids"][i][output["completion_mask"][i].bool()].tolist()
+            behavior = output["behavior_logps"][i][: len(ids)] if "behavior_logps" in output else None
+            rows.append((prompt, tuple(ids), logps_and_entropy(trainer.model, prompt, ids)[0], behavior))
+        batch.advantages = output["advantages"].clone()
+        seen.append((batch, rows))
+
+    object.__setattr__(trainer.method, "finish", recording)
+    return seen
+
+
+def test_replays_are_own_successes(tmp_path):
+    rows = [{**row, "demonstrations": []} for row in tiny.addition_rows(8)]
+    options = {**REPLAY, "num_demonstrations": 0, "per_device_train_batch_size": 16, "max_steps": 5}
+    trainer = make_trainer(tmp_path, tiny.is_even, rows, **options)
+    seen = record_batches(trainer)
+    trainer.train()
+    collected = {}  # of each prompt, its successes: the step at which they were sampled, and their log-probs then
+    num_replays = 0
+    for step, (batch, sequences) in enumerate(seen):
+        solved = batch.rewards[:, 0] == 1
+        for start in range(0, 16, 4):
+            prompt = batch.rows[start]["prompt"]
+            assert [row["prompt"] for row in batch.rows[start : start + 4]] == [prompt] * 4
+            rollouts = [i for i in range(start, start + 4) if batch.sources[i] == "rollout"]
+            if len(rollouts) < 4:
+                num_replays += 1
+                assert batch.sources[start] == "replay" and rollouts == [start + 1, start + 2, start + 3]
+                _, ids, _, behavior = sequences[start]
+                before, logps = collected[prompt, ids]
+                assert before < step and solved[start]
+                torch.testing.assert_close(behavior, logps, atol=1e-5, rtol=0)
+            if 0 < solved[rollouts].sum() < len(rollouts):
+                for i in rollouts:
+                    if solved[i]:
+                        collected.setdefault((prompt, sequences[i][1]), (step, sequences[i][2]))
+        assert batch.sources.count("replay") == (0 if step == 0 else 2)
+    assert num_replays == 8
+
+
+def test_the_success_of_lowest_entropy_is_replayed(tmp_path):
+    trainer = make_trainer(tmp_path, tiny.is_even, 2, **REPLAY, num_demonstrations=0, per_device_train_batch_size=8)
+    source, prompt = trainer.method.sources[0], trainer.tokenize(["0+1="])[0]
+    ids = [trainer.processing_class(text)["input_ids"] for text in ("A", "0+1=2", "zzz Q", "9")]
+    measured = [logps_and_entropy(trainer.model, prompt, sequence) for sequence in ids]
+    torch.testing.assert_close(
+        [logps for logps, _ in trainer.measure([(prompt, sequence) for sequence in ids])],
+        [logps for logps, _ in measured],
+        atol=1e-5,
+        rtol=0,
+    )
+    source.problems["p"] = Problem({"prompt": "0+1="}, prompt, 1, [str(i) for i in range(4)])
+    batch = MixedBatch([{}], 4, trainer.accelerator, Caches(), policy=trainer)
+    for choice, costs in (("entropy", [e for _, e in measured]), ("logp", [0.1, 0.3, 0.2, 0.5])):
+        source.args.replay_choice = choice
+        source.successes = {
+            str(i): (torch.tensor(sequence), torch.full((len(sequence),), -cost))
+            for i, (sequence, cost) in enumerate(zip(ids, costs, strict=True))
+        }
+        best = min(range(4), key=costs.__getitem__)
+        assert source._choose(["p"], batch)["p"].ids == ids[best]
+
+
+def test_problems_are_drawn_by_how_often_they_were_solved(tmp_path):
+    source = ReplaySource(tiny.make_args(tmp_path, num_generations=4, **REPLAY))
+    for number in range(30):
+        source.problems[str(number)] = Problem({}, [], num_solved=number % 3 + 1)
+    rng = random.Random(0)
+    counts = Counter(int(key) % 3 + 1 for _ in range(4000) for key in source._draw(1, rng))
+    weights = {k: math.exp(-((k - 2) ** 2) / 2) for k in (1, 2, 3)}
+    for k, weight in weights.items():
+        assert counts[k] / 4000 == pytest.approx(weight / sum(weights.values()), abs=0.03)
+    assert sorted(source._draw(30, rng), key=int) == [str(number) for number in range(30)]  # each once
+
+
+def make_batch(num_solved, num_rows=8, demonstrations=0):
+    """Groups of 4, of whose rollouts the first ones are solved."""
+    rows = [{"prompt": str(i // 4), "answer": None} for i in range(num_rows)]
+    batch = MixedBatch(rows, 4, Accelerator(cpu=True), Caches())
+    batch.insert([Demonstration([1]) if i % 4 < demonstrations else None for i in range(num_rows)])
+    solved = torch.tensor([i % 4 < num_solved[i // 4] for i in range(num_rows)])
+    ids = torch.arange(num_rows * 3).view(num_rows, 3)
+    output = {
+        "completion_ids": ids,
+        "completion_mask": torch.tensor([[1, 1, 0]] * num_rows),
+        "prompt_ids": ids,
+        "prompt_mask": torch.tensor([[0, 1, 1]] * num_rows),
+        "old_per_token_logps": -ids.float(),
+    }
+    return batch, output, solved
+
+
+def test_what_is_collected_and_retired(tmp_path):
+    options = {"replay_ratio": 0.5, "replay_start_solve_rate": 0.25, "replay_max_trajectories": 4}
+    source = ReplaySource(tiny.make_args(tmp_path, num_generations=4, **options))
+    source.observe(*make_batch([1, 1]))
+    assert not source.has_started and not source.problems  # a quarter is not more than a quarter
+    source.observe(*make_batch([3, 0]))
+    assert source.has_started
+    (problem,) = source.problems.values()
+    assert problem.row == {"prompt": "0", "answer": None} and problem.prompt_ids == [1, 2] and problem.num_solved == 3
+    assert [ids.tolist() for ids, _ in source.successes.values()] == [[0, 1], [3, 4], [6, 7]]
+    assert [logps.tolist() for _, logps in source.successes.values()] == [[0, -1], [-3, -4], [-6, -7]]
+
+    source.observe(*make_batch([2, 2]))  # the same texts again, and two of another problem: one too many
+    assert [problem.num_solved for problem in source.problems.values()] == [2, 2]
+    assert [ids.tolist() for ids, _ in source.successes.values()] == [[3, 4], [6, 7], [12, 13], [15, 16]]
+    state = source.state_dict()
+    other = ReplaySource(tiny.make_args(tmp_path, num_generations=4, **options))
+    other.load_state_dict(torch.load(_saved(state, tmp_path)))
+    assert other.problems == source.problems and other.owners == source.owners
+
+    source.observe(*make_batch([0, 4]))  # all rollouts of the second
+    assert [problem.row["prompt"] for problem in source.problems.values()] == ["0"] and len(source.retired) == 1
+    assert source.problems.popitem()[1].num_solved == 0 and len(source.successes) == 2
+    # A demonstration is no success of the policy's own
+    other.load_state_dict({})
+    other.has_started = True
+    other.observe(*make_batch([1, 4], demonstrations=1))
+    assert not other.successes and len(other.retired) == 1
+
+
+def _saved(state, folder):
+    torch.save(state, folder / "state.pt")
+    return folder / "state.pt"
+
+
+def test_a_pool_that_cannot_be_restored(tmp_path):
+    options = {**REPLAY, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(tmp_path, tiny.is_even, **options).train()
+    file = tmp_path / "checkpoint-1" / "kept_by_all.pt"
+    state = torch.load(file)
+    torch.save({"Other": {}}, file)
+    for message in ("it has no state of ReplaySource", "No such file"):
+        with pytest.raises(ValueError, match=f"kept_by_all.pt cannot be read.*{message}"):
+            make_trainer(tmp_path, tiny.is_even, **options, max_steps=2).train(resume_from_checkpoint=True)
+        file.unlink(missing_ok=True)
+    torch.save(state, file)
+    make_trainer(tmp_path, tiny.is_even, **{**options, "max_steps": 2}).train(resume_from_checkpoint=True)
+
+
+def test_the_trace_that_helps_is_shown(tmp_path):
+    rows = tiny.addition_rows(2, lambda i: [f"{i} and 1", "z", "QQQ"])
+    options = {"demonstration_choice": "comprehension", "per_device_train_batch_size": 8}
+    trainer = make_trainer(tmp_path, rows=rows, **options)
+    seen, tokenizer = record_batches(trainer), trainer.processing_class
+    before = copy.deepcopy(trainer.model)
+    trainer.train()
+    ((batch, sequences),) = seen
+    for start in (0, 4):
+        row, (prompt, shown, _, _) = batch.rows[start], sequences[start]
+        probs = []
+        for trace in rows[int(row["prompt"][0])]["demonstrations"]:
+            context = prompt + tokenizer(trace + "\n\nThe final answer is ")["input_ids"]
+            logps, _ = logps_and_entropy(before, context, tokenizer(row["answer"])["input_ids"])
+            probs.append(logps.exp().mean().item())
+        best = rows[0 if row["prompt"][0] == "0" else 1]["demonstrations"][probs.index(max(probs))]
+        assert list(shown) == [*tokenizer(best)["input_ids"], tokenizer.eos_token_id]
+
+
+def test_traces_are_shown_for_some_updates(tmp_path):
+    trainer = make_trainer(tmp_path, rows=8, demonstration_max_steps=2, max_steps=4)
+    seen = record_batches(trainer)
+    trainer.train()
+    assert [batch.sources.count("demonstration") for batch, _ in seen] == [1, 1, 0, 0]
+
+
+def test_the_minimum_of_a_random_prefix_falls_along_a_cosine(tmp_path):
+    options = {"prefix_ratio_min": 0.2, "prefix_ratio_max": 1.0, "prefix_schedule_steps": 8}
+    args = tiny.make_args(tmp_path, prefix_schedule="random_cosine", **options)
+    for step, low in ((0, 1.0), (4, 0.6), (8, 0.2), (99, 0.2)):
+        drawn = [prefix_ratio(args, step, 0, random.Random(seed)) for seed in range(400)]
+        assert min(drawn) == pytest.approx(low, abs=0.01) and max(drawn) == pytest.approx(1.0, abs=0.01)
+        assert sum(drawn) / 400 == pytest.approx((low + 1.0) / 2, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "message"),
+    [
+        ({"answer"}, {"demonstration_choice": "comprehension"}, "give it a column `answer` or `solution`"),
+        (set(), {"objective": "oapl"}, "has no column `demonstration_logprobs`"),
+    ],
+)
+def test_columns_that_a_method_needs(tmp_path, columns, options, message):
+    rows = [{name: value for name, value in row.items() if name not in columns} for row in tiny.addition_rows(4)]
+    with pytest.raises(ValueError, match=f"(?i){re.escape(message)}"):
+        make_trainer(tmp_path, rows=rows, **options)
+
+
+@pytest.mark.parametrize(
+    ("switched_off", "plain"),
+    [
+        # The pool fills, and nothing is ever replayed
+        ({"replay_ratio": 0.1, "replay_start_solve_rate": 0.0}, {}),
+        ({"demonstration_entropy_share": 0.999999}, {}),
+        ({"demonstration_max_steps": 99}, {}),
+        ({"ratio_clipping": "until_mixed"}, {}),
+        (
+            {"demonstration_policy": "on_failure", "failed_rollouts": "drop", "failure_threshold": -1.0},
+            {"demonstration_policy": "on_failure", "failure_threshold": -1.0},
+        ),
+    ],
+)
+def test_switched_off_it_is_what_it_extends(tmp_path, switched_off, plain):
+    weights = []
+    for options in (switched_off, plain):
+        trainer = make_trainer(tmp_path, tiny.is_even, 8, max_steps=3, **options)
+        trainer.train()
+        weights.append(trainer.model.state_dict())
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name]), name
