@@ -51,6 +51,7 @@ _PARAMETERS = {
     "oapl_value_beta": ("objective", ("oapl",)),
     "oapl_policy_beta": ("objective", ("oapl",)),
 }
+_HINT_OPTIONS = ("hint_levels", "hint_placement", "hint_template", "hint_warmup_steps")
 _REPLAY_OPTIONS = ("replay_start_solve_rate", "replay_max_trajectories", "replay_choice")
 # Options of the ratio and the advantage of demonstrations, which cross-entropy has not.
 _POLICY_GRADIENT_OPTIONS = (
@@ -113,7 +114,12 @@ def types(args: Args):
     inherited = {f.name for f in fields(GRPOConfig)}
     for f in fields(args):
         value = getattr(args, f.name)
-        if f.name in inherited or get_origin(f.type) is Literal or (value is None and f.default is None):
+        if (
+            f.name in inherited
+            or get_origin(f.type) is Literal
+            or f.type is str
+            or (value is None and f.default is None)
+        ):
             continue
         if f.type is bool:
             if not isinstance(value, bool):
@@ -223,6 +229,43 @@ def replay(args: Args):
         raise ValueError(
             "`demonstration_loss='sft'` would imitate replays, which have an advantage and a ratio. Set "
             "`replay_ratio=0`, or `demonstration_loss='policy_gradient'`."
+        )
+
+
+def hints(args: Args):
+    """Hints have a failure to wait for, and options of their own."""
+    for name in _HINT_OPTIONS:
+        if args.is_set(name) and args.hint_source == "none":
+            raise ValueError(
+                f"`{name}={getattr(args, name)!r}` has no effect without hints. Remove it, or set `hint_source` to "
+                "'column' or 'trace'."
+            )
+    if args.hint_source == "none":
+        return
+    if args.demonstration_policy != "on_failure":
+        raise ValueError(
+            f"`hint_source={args.hint_source!r}` helps groups that fail. Set `demonstration_policy='on_failure'`."
+        )
+    if args.hint_source == "trace" and args.num_demonstrations == 0:
+        raise ValueError(
+            "`hint_source='trace'` takes beginnings of traces of the dataset, and there are none with "
+            "`num_demonstrations=0`. Set it to 1, or `hint_source='column'`."
+        )
+    if args.hint_source == "column" and args.is_set("hint_levels"):
+        raise ValueError(
+            f"`hint_levels={args.hint_levels}` has no effect with `hint_source='column'`, whose rows have as many "
+            "hints as they have. Remove it."
+        )
+    for name, minimum in (("hint_levels", 1), ("hint_warmup_steps", 0)):
+        if getattr(args, name) < minimum:
+            raise ValueError(f"`{name}` must be at least {minimum}, got {getattr(args, name)}.")
+    try:
+        text = args.hint_template.format(prompt="P", hint="H")
+    except (KeyError, IndexError, ValueError) as error:
+        text = str(error)
+    if "P" not in text or "H" not in text:
+        raise ValueError(
+            f"`hint_template` is {args.hint_template!r}. It is a text with {{prompt}}, {{hint}} and no other braces."
         )
 
 
@@ -396,7 +439,8 @@ def options_of_demonstrations(args: Args):
     if args.num_demonstrations > 0:
         return
     names = _TRACE_OPTIONS if args.has_demonstrations else _DEMONSTRATION_OPTIONS
-    without_effect = [name for name in names if args.is_set(name)]
+    read_by_hints = {"demonstration_policy"} if args.hint_source != "none" else set()
+    without_effect = [name for name in names if args.is_set(name) and name not in read_by_hints]
     if without_effect:
         what = "demonstrations" if not args.has_demonstrations else "traces of the dataset"
         warnings.warn(
@@ -414,6 +458,7 @@ RULES: tuple[Callable[[Args], None], ...] = (
     ranges,
     objectives,
     replay,
+    hints,
     prefix_schedules,
     cross_entropy,
     micro_batches,

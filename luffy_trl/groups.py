@@ -114,9 +114,11 @@ class MixedBatch:
 
     Attributes:
         demonstrations (`list[Demonstration | None]`): What each of the B rows begins with.
-        is_waiting (`bool`): Whether demonstrations are inserted after rollouts were scored.
+        is_waiting, gives_hints (`bool`): Whether demonstrations are inserted after rollouts were scored, and whether
+            groups that fail are sampled again before that.
         has_failed, is_solved (`torch.Tensor` of shape `(N,)`, bool, or `None`): Which rows are in a group that has
             failed, and which earn full reward.
+        is_helped (`torch.Tensor` of shape `(N,)`, bool): Which rows were sampled again, under a prompt with a hint.
         lengths (`torch.Tensor` of shape `(N,)`): Demonstration tokens of each row.
         rewards, rollout_rewards (`torch.Tensor` of shape `(N, F)` or `None`): What each row has earned, and what each
             rollout has: NaN where there was none. They differ where rollouts were replaced.
@@ -142,10 +144,11 @@ class MixedBatch:
         start = accelerator.process_index * len(rows)  # groups span processes
         self.local = slice(start, start + len(rows))
         self.demonstrations: list[Demonstration | None] = [None] * len(rows)
-        self.is_waiting = False
+        self.is_waiting = self.gives_hints = False
         self.has_failed: torch.Tensor | None = None
         self.is_solved: torch.Tensor | None = None
         self.lengths = torch.zeros(len(rows) * accelerator.num_processes, dtype=torch.long, device=accelerator.device)
+        self.is_helped = torch.zeros_like(self.lengths, dtype=torch.bool)
         self.has_behavior_logps = False
         self.rewards: torch.Tensor | None = None
         self.rollout_rewards: torch.Tensor | None = None
@@ -183,6 +186,11 @@ class MixedBatch:
         return bool(self.is_demonstration.any())
 
     @property
+    def is_replaced(self) -> torch.Tensor:
+        """Which rows are no longer what was sampled first, of shape `(N,)`."""
+        return self.is_demonstration | self.is_helped
+
+    @property
     def is_demonstration(self) -> torch.Tensor:
         """Which rows begin with demonstration tokens, of shape `(N,)`."""
         return self.lengths > 0
@@ -195,7 +203,8 @@ class MixedBatch:
     @property
     def sources(self) -> list[str]:
         """What each local row is, for the completions table."""
-        return [shown.source if shown else "rollout" for shown in self.demonstrations]
+        rollouts = ["hinted" if helped else "rollout" for helped in self.is_helped[self.local].tolist()]
+        return [shown.source if shown else rollouts[i] for i, shown in enumerate(self.demonstrations)]
 
     def next_pass(self) -> list[torch.Tensor | None]:
         """For each local row, the log-probs that need no forward pass in the next pass over the batch."""

@@ -178,6 +178,27 @@ class LuffyConfig(GRPOConfig):
             as it is now, at the cost of a forward pass over each, `"logp"` that of the highest mean recorded
             log-probability.
 
+        > Hints in the prompt
+
+        hint_source (`str`, *optional*, defaults to `"none"`):
+            Hints with which a group that fails is sampled once more, each row under one: those of the dataset's
+            `"column"` `hints`, a list in ascending strength, or beginnings of the first `"trace"`. The success with
+            the weakest hint replaces a rollout. It needs `demonstration_policy="on_failure"`.
+
+            A group that no hint helps is shown its demonstrations, if `num_demonstrations` is above 0; see
+            [`~luffy_trl.sources.hints.HintSource`] (Scaf-GRPO, arXiv 2510.19807, and GHPO).
+        hint_levels (`int`, *optional*, defaults to `3`):
+            Number of hints of `hint_source="trace"`, evenly spaced: 3 are 25, 50 and 75% of the trace.
+        hint_placement (`str`, *optional*, defaults to `"prompt"`):
+            What the success is trained under: the `"prompt"` with the hint, as a rollout, or the `"plain"` one, as a
+            demonstration with the log-probs under the hint as pi_phi.
+        hint_template (`str`, *optional*, defaults to `"{prompt}\n\nHint: {hint}"`):
+            The prompt, or its last message, with a hint.
+        hint_warmup_steps (`int`, *optional*, defaults to `0`):
+            Number of updates before the first hint.
+
+            Scaf-GRPO has 50.
+
         > Other objectives
 
         rl_plus_focal (`float`, *optional*, defaults to `0.5`):
@@ -317,6 +338,13 @@ class LuffyConfig(GRPOConfig):
     replay_max_trajectories: int = 4096
     replay_choice: Literal["entropy", "logp"] = "entropy"
 
+    # Hints in the prompt
+    hint_source: Literal["none", "column", "trace"] = "none"
+    hint_levels: int = 3
+    hint_placement: Literal["prompt", "plain"] = "prompt"
+    hint_template: str = "{prompt}\n\nHint: {hint}"
+    hint_warmup_steps: int = 0
+
     # Other objectives
     rl_plus_focal: float = 0.5
     srft_sft_weight: float = 0.5
@@ -357,8 +385,8 @@ class LuffyConfig(GRPOConfig):
 
     @property
     def has_demonstrations(self) -> bool:
-        """Whether completions begin with tokens that are not sampled: traces of the dataset, or replays."""
-        return self.num_demonstrations > 0 or self.replay_ratio > 0
+        """Whether groups hold more than rollouts: traces of the dataset, replays, or what hints have helped to."""
+        return self.num_demonstrations > 0 or self.replay_ratio > 0 or self.hint_source != "none"
 
     @property
     def load_options(self) -> dict[str, Any]:

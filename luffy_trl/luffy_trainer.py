@@ -141,12 +141,11 @@ class LuffyTrainer(LengthAwareTrainer, MeasuringTrainer, UnevenSamplingTrainer, 
                 if self.method.sources:
                     self.running_metrics.add("demonstrations/dropped", num_dropped, is_counted)
             output = super()._generate_and_score_completions(rows)
-            rewards = metrics.weighted_sum(batch.rewards, self.reward_weights)
-            batch.is_solved = metrics.is_solved(rewards, metrics.full_rewards(batch.rewards, self.reward_weights))
+            batch.is_solved = metrics.solves(batch.rewards, self.reward_weights)
             batch.add_to(output)
             if self.model.training:
                 if self.method.makes_advantages:
-                    self._replace_advantages(batch, output, rewards)
+                    self._replace_advantages(batch, output)
                 self.method.finish(batch, output)
             return output
         finally:
@@ -172,7 +171,12 @@ class LuffyTrainer(LengthAwareTrainer, MeasuringTrainer, UnevenSamplingTrainer, 
         batch.rollout_rewards = super()._calculate_rewards(batch.rows, prompts, completions, completion_ids)
         rewards = metrics.weighted_sum(batch.rollout_rewards, self.reward_weights)
         batch.has_failed = self.method.when(rewards, self.num_generations)
-        self.method.fill_slots(batch, self.state.global_step, batch.has_failed[batch.local].tolist())
+
+        def score(completions, completion_ids):
+            return super(LuffyTrainer, self)._calculate_rewards(batch.rows, prompts, completions, completion_ids)
+
+        hinted = self.method.retry(batch, self, score, prompts, (prompt_ids, completion_ids, completions, logps))
+        self.method.fill_slots(batch, self.state.global_step, batch.has_failed[batch.local].tolist(), hinted)
         replaced = batch.replace(completion_ids, logps)
         prefixes = [i for i in replaced if batch.sources[i] == "prefix"]
         if any(gather_object([len(prefixes)])):
@@ -189,16 +193,17 @@ class LuffyTrainer(LengthAwareTrainer, MeasuringTrainer, UnevenSamplingTrainer, 
         if batch.rollout_rewards is None:
             batch.rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
             batch.rollout_rewards = batch.rewards.masked_fill(batch.is_demonstration.unsqueeze(1), torch.nan)
-        elif batch.is_mixed:  # what has replaced rollouts is scored, and what was scored is not scored again
+        elif batch.is_replaced.any():  # what has replaced rollouts is scored, and what was scored is not scored again
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-            batch.rewards = torch.where(batch.is_demonstration.unsqueeze(1), rewards, batch.rollout_rewards)
+            batch.rewards = torch.where(batch.is_replaced.unsqueeze(1), rewards, batch.rollout_rewards)
         else:
             batch.rewards = batch.rollout_rewards
         self._pending_extra_logs.update(batch.extra_logs, source=batch.sources)
         return batch.rollout_rewards
 
-    def _replace_advantages(self, batch: MixedBatch, output: dict[str, torch.Tensor | Any], rewards: torch.Tensor):
+    def _replace_advantages(self, batch: MixedBatch, output: dict[str, torch.Tensor | Any]):
         """Gives the rows of mixed groups their advantages, and the logs what TRL was not shown."""
+        rewards = metrics.weighted_sum(batch.rewards, self.reward_weights)
         advantages = self.method.advantages(rewards, batch, self.scale_rewards)
         output["advantages"] = advantages[batch.local]
 

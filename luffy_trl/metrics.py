@@ -220,6 +220,11 @@ def is_solved(rewards: torch.Tensor, full_rewards: torch.Tensor) -> torch.Tensor
     return (rewards >= full_rewards) & (full_rewards > 0)
 
 
+def solves(rewards_per_func: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Which rows earn full reward, of shape `(N,)`, from the rewards of shape `(N, F)`."""
+    return is_solved(weighted_sum(rewards_per_func, weights), full_rewards(rewards_per_func, weights))
+
+
 def describe_rollouts(completion_ids: list[list[int]], ends: set[int], batch: MixedBatch) -> dict[str, float]:
     """TRL's metrics of the length of completions, over the rollouts of all processes."""
     described = torch.tensor([[len(ids), ids[-1] not in ends] for ids in completion_ids])

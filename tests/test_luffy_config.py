@@ -13,6 +13,7 @@ from trl import GRPOConfig
 from luffy_trl import LuffyConfig
 
 
+HINTS = {"hint_source": "column", "demonstration_policy": "on_failure"}
 SFT = {"demonstration_loss": "sft", "advantage_baseline": "on_policy"}
 
 
@@ -121,6 +122,34 @@ def test_only_the_algorithms_defaults_differ_from_grpo():
         ({"epsilon": 0.3}, "`epsilon=0.3` and `epsilon_high=None` clip nothing with `ratio_clipping='none'`"),
         ({"epsilon_high": 0.3}, "clip nothing with `ratio_clipping='none'`. Set `ratio_clipping='on_policy'`"),
         ({"mask_truncated_completions": True, "demonstration_overflow": "truncate"}, "would mask the demonstrations"),
+        ({"objective": "grpo"}, "`objective` is 'grpo'. Choose one of 'luffy', 'rl_plus', 'srft', 'oapl'"),
+        ({"rl_plus_focal": 1.0}, "`rl_plus_focal=1.0` has no effect with `objective='luffy'`"),
+        ({"objective": "rl_plus", "policy_shaping": "none"}, "no effect with `objective='rl_plus'`"),
+        ({"objective": "rl_plus", "num_demonstrations": 0}, "is a loss on demonstrations, and there are none"),
+        ({"objective": "rl_plus", "rl_plus_focal": -1.0}, "`rl_plus_focal` must not be negative, got -1.0"),
+        ({"objective": "srft", "max_token_prob": 0.9}, "`max_token_prob=0.9` has no effect with `objective='srft'`"),
+        ({"objective": "oapl", "advantage_baseline": "on_policy"}, "no effect with `objective='oapl'`"),
+        ({"objective": "oapl", "loss_type": "dapo"}, "which is a mean over completions. Remove it"),
+        ({"objective": "oapl", "oapl_value_beta": 0.0}, "`oapl_value_beta` must be positive, got 0.0"),
+        ({"ratio_clipping": "until_mixed", "num_demonstrations": 0}, "waits for demonstrations, and there are none"),
+        ({"failed_rollouts": "drop"}, "`failed_rollouts=drop` has no effect with `demonstration_policy='always'`"),
+        ({"sft_loss_reduction": "loss_type"}, "no effect with `demonstration_loss='policy_gradient'`"),
+        ({"demonstration_entropy_share": 0.0}, "`demonstration_entropy_share` must be above 0 and at most 1, got 0.0"),
+        ({"demonstration_max_steps": 0}, "`demonstration_max_steps` must be at least 1, got 0"),
+        ({"prefix_ratio_min": 0.0, "prefix_schedule": "random_cosine"}, "needs `prefix_schedule_steps`"),
+        ({"replay_ratio": 1.5}, "`replay_ratio` must be between 0 and 1, got 1.5"),
+        ({"replay_choice": "logp"}, "`replay_choice='logp'` has no effect without replay"),
+        ({"replay_ratio": 0.5, "replay_start_solve_rate": 1.0}, "at least 0 and less than 1, got 1.0"),
+        ({"replay_ratio": 0.5, "replay_max_trajectories": 0}, "`replay_max_trajectories` must be at least 1, got 0"),
+        ({"replay_ratio": 0.5, "demonstration_policy": "on_failure"}, "replays are inserted before"),
+        ({"replay_ratio": 0.5, **SFT}, "would imitate replays"),
+        ({"hint_levels": 2}, "`hint_levels=2` has no effect without hints"),
+        ({"hint_source": "column"}, "helps groups that fail. Set `demonstration_policy='on_failure'`"),
+        ({**HINTS, "hint_source": "trace", "num_demonstrations": 0}, "there are none with `num_demonstrations=0`"),
+        ({**HINTS, "hint_levels": 2}, "`hint_levels=2` has no effect with `hint_source='column'`"),
+        ({**HINTS, "hint_warmup_steps": -1}, "`hint_warmup_steps` must be at least 0, got -1"),
+        ({**HINTS, "hint_template": "{prompt} {help}"}, "It is a text with {prompt}, {hint} and no other braces"),
+        ({**HINTS, "hint_template": "{prompt}"}, "`hint_template` is '{prompt}'. It is a text with"),
     ],
 )
 def test_refused_options(tmp_path, options, message):
@@ -152,7 +181,9 @@ def test_every_field_is_documented_twice():
         if field.name in own | {"loss_type", "scale_rewards"}:
             # Python 3.13 takes the indentation of docstrings away
             (text,) = re.findall(rf"^ *{field.name} \(`(.*)$", LuffyConfig.__doc__, re.MULTILINE)
-            default = f'"{field.default}"' if isinstance(field.default, str) else field.default
+            default = field.default
+            if isinstance(default, str):
+                default = '"' + default.replace("\n", "\\n") + '"'
             default = "" if field.default is None else f", defaults to `{default}`"
             assert text.endswith(f"*optional*{default}):")
             assert len(field.metadata["help"]) > 20

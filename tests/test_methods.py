@@ -16,6 +16,8 @@ import tiny
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
+from transformers import AutoModelForCausalLM
+from trl import GRPOTrainer
 
 from luffy_trl import LuffyTrainer
 from luffy_trl.groups import Caches, Demonstration, MixedBatch
@@ -31,6 +33,7 @@ from luffy_trl.methods.oapl import OAPL, optimal_advantages
 from luffy_trl.methods.rl_plus import RLPlus
 from luffy_trl.methods.srft import SRFT, SRFTCrossEntropy
 from luffy_trl.sources.dataset import prefix_ratio
+from luffy_trl.sources.hints import HintSource
 from luffy_trl.sources.replay import Problem, ReplaySource
 
 
@@ -500,3 +503,108 @@ def test_switched_off_it_is_what_it_extends(tmp_path, switched_off, plain):
         weights.append(trainer.model.state_dict())
     for name, value in weights[0].items():
         assert torch.equal(value, weights[1][name]), name
+
+
+HINTED = {"demonstration_policy": "on_failure", "hint_source": "column"}
+
+
+def hint_rows(num_rows=4, num_hints=3):
+    rows = tiny.addition_rows(num_rows, lambda i: [f"A{i}"])
+    return [{**row, "hints": [f"h{level}" for level in range(num_hints)]} for row in rows]
+
+
+def hinted_run(tmp_path, monkeypatch, helps, placement="prompt", **options):
+    """
+    A run in which rollouts fail, and what is sampled under hint h1 or a stronger one succeeds where `helps` says so.
+    Returns the batch, its sequences, the prompts that were sampled, and the texts that were scored.
+    """
+    scored, sampled = [], []
+
+    def reward(completions, **kwargs):
+        scored.extend(completions)
+        return [float(text == "good") for text in completions]
+
+    options = {**HINTED, "num_demonstrations": 0, "hint_placement": placement, **options}
+    trainer = make_trainer(tmp_path, reward, hint_rows(), per_device_train_batch_size=8, **options)
+    tokenizer = trainer.processing_class
+    good, bad = (tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in ("good", "bad"))
+
+    def answer(prompt_ids, *args):
+        texts = tokenizer.batch_decode(prompt_ids)
+        sampled.append(texts)
+        return [list(good if helps(text) else bad) for text in texts], None
+
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", lambda self, prompt_ids, *args: answer(prompt_ids))
+    seen = record_batches(trainer)
+    trainer.train()
+    ((batch, sequences),) = seen
+    return trainer, batch, sequences, sampled, scored
+
+
+@pytest.mark.parametrize("placement", ["prompt", "plain"])
+def test_the_success_with_the_weakest_hint_enters_the_group(tmp_path, monkeypatch, placement):
+    first = None
+
+    def helps(text):
+        nonlocal first
+        prompt, _, hint = text.partition("\n\nHint: ")
+        first = first or prompt
+        return prompt == first and hint in ("h1", "h2")
+
+    trainer, batch, sequences, sampled, scored = hinted_run(tmp_path, monkeypatch, helps, placement)
+    tokenizer = trainer.processing_class
+    assert len(sampled) == 2 and all("Hint" not in text for text in sampled[0])
+    others = [row["prompt"] for row in batch.rows]
+    assert sampled[1] == [f"{prompt}\n\nHint: h{i % 4 % 3}" for i, prompt in enumerate(others)]
+    # Of the first group, slot 1 had h1 and slot 2 had h2; the second group has no success
+    assert batch.sources == ["rollout", "hinted", *["rollout"] * 6]
+    assert scored.count("good") == (2 if placement == "prompt" else 3)
+    assert batch.rewards[:, 0].tolist() == [0, 1, 0, 0, 0, 0, 0, 0]
+    assert batch.rollout_rewards[:, 0].tolist() == [0] * 8
+    assert batch.advantages.tolist() == [-0.25, 0.75, -0.25, -0.25, 0, 0, 0, 0]
+    for i, (prompt, ids, *_) in enumerate(sequences):
+        plain = batch.rows[i]["prompt"]
+        hinted = f"{plain}\n\nHint: h1"
+        assert tokenizer.decode(ids, skip_special_tokens=True) == ("good" if i == 1 else "bad")
+        assert tokenizer.decode(prompt) == (hinted if i == 1 and placement == "prompt" else plain)
+    assert batch.is_demonstration.tolist() == [placement == "plain" and i == 1 for i in range(8)]
+
+
+def test_the_policy_under_the_hint_is_the_behaviour_policy(tmp_path, monkeypatch):
+    trainer, batch, sequences, _, _ = hinted_run(tmp_path, monkeypatch, lambda text: "Hint: h2" in text, "plain")
+    # The weights have moved since: by another route, from those that the run began with
+    before = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    for i in (2, 6):
+        prompt, ids, _, behavior = sequences[i]
+        hinted = trainer.processing_class(batch.rows[i]["prompt"] + "\n\nHint: h2")["input_ids"]
+        torch.testing.assert_close(behavior, logps_and_entropy(before, hinted, list(ids))[0], atol=1e-5, rtol=0)
+    assert batch.sources == [*["rollout"] * 2, "hinted", *["rollout"] * 3, "hinted", "rollout"]
+
+
+def test_what_no_hint_helps_is_shown_its_trace(tmp_path, monkeypatch):
+    options = {"hint_source": "trace", "hint_levels": 1, "num_demonstrations": 1}
+    _, batch, sequences, sampled, _ = hinted_run(tmp_path, monkeypatch, lambda text: False, **options)
+    assert [text.partition("Hint: ")[2] for text in sampled[1]] == [
+        f"A{row['prompt'][0]}"
+        for row in batch.rows  # half of three tokens, rounded to the even number
+    ]
+    assert batch.sources == ["demonstration", *["rollout"] * 3] * 2
+
+
+def test_hints_wait(tmp_path, monkeypatch):
+    _, _, _, sampled, _ = hinted_run(tmp_path, monkeypatch, lambda text: False, hint_warmup_steps=1)
+    assert len(sampled) == 1
+
+
+def test_hints_that_cannot_be_used(tmp_path):
+    with pytest.raises(ValueError, match="reads the column `hints`, and the dataset has only the columns"):
+        make_trainer(tmp_path, **HINTED, num_demonstrations=0)
+    rows = [{**row, "hints": "a text"} for row in hint_rows()]
+    with pytest.raises(ValueError, match="`hints` of the row with the prompt '.*' is 'a text'. It is a list of texts"):
+        make_trainer(tmp_path, lambda completions, **kwargs: [0.0] * len(completions), rows, **HINTED).train()
+
+
+def test_hints_in_chat_prompts(tmp_path):
+    source = HintSource(tiny.make_args(tmp_path, **HINTED, hint_template="{hint}: {prompt}"))
+    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "{x}"}]
+    assert source._with_hint(chat, "h") == [chat[0], {"role": "user", "content": "h: {x}"}]

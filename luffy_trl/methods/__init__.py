@@ -18,6 +18,7 @@ are compared with, and what is minimised.
 | `rl_plus` | traces of the row | always | group | policy gradient over a mixture of policies |
 | `prefix_rft` | a prefix of a trace | always | group | policy gradient, prefix tokens of high entropy |
 | `ampo` | the trace that helps | groups that fail | group | policy gradient, shaped, by completion |
+| `scaf_grpo` | the policy under a hint | groups that fail | group | policy gradient |
 | `oapl` | none | - | r - V* | regression of the log-ratio |
 | `grpo_baseline` | none | - | group | policy gradient, clipped |
 """
@@ -27,11 +28,12 @@ from typing import Any
 
 import torch
 
-from ..groups import MixedBatch
+from ..groups import Demonstration, MixedBatch
 from ..losses import CrossEntropy, KLPenalty, Objective, PolicyGradient, Shaping, Term, group_advantages
 from ..luffy_config import LuffyConfig
 from ..sources import Source
 from ..sources.dataset import DatasetSource
+from ..sources.hints import HintSource
 from ..sources.replay import ReplaySource
 from .oapl import OAPL, optimal_advantages
 from .rl_plus import RLPlus
@@ -58,6 +60,10 @@ OPTIONS_OF_A_METHOD = (
     "objective",
     "oapl_value_beta",
     "replay_ratio",
+    "hint_source",
+    "hint_levels",
+    "hint_placement",
+    "hint_template",
 )
 
 
@@ -100,6 +106,10 @@ class Method:
             [`optimal_advantages`].
         drops_failures (`bool`, *optional*, defaults to `False`):
             Whether rollouts of groups that fail have advantage 0.
+        hints ([`HintSource`], *optional*):
+            Who gives failed groups another try, before demonstrations are inserted.
+        hints_after (`int`, *optional*, defaults to `0`):
+            Optimizer steps before the first hint.
     """
 
     sources: tuple[Source, ...]
@@ -109,28 +119,41 @@ class Method:
     advantage_weights: tuple[float, float] = (1.0, 1.0)
     value_beta: float | None = None
     drops_failures: bool = False
+    hints: HintSource | None = None
+    hints_after: int = 0
 
     @property
     def makes_advantages(self) -> bool:
         """Whether advantages are others than TRL's."""
-        return bool(self.sources) or self.value_beta is not None
+        return bool(self.sources) or self.hints is not None or self.value_beta is not None
 
     def prepare(self, dataset, tokenizer, model):
         """Lets each source read the training data; returns what the trainer loads rows from."""
+        if self.hints is not None:
+            self.hints.prepare(dataset)
         for source in self.sources:
             dataset = source.prepare(dataset, tokenizer, model)
         return dataset
 
     def open_slots(self, batch: MixedBatch, step: int) -> int:
         """Fills the slots of a batch, unless they wait for failures; how many demonstrations were dropped."""
-        batch.is_waiting = self.when is not None and bool(self.sources)
+        batch.gives_hints = self.hints is not None and step >= self.hints_after
+        batch.is_waiting = self.when is not None and (bool(self.sources) or batch.gives_hints)
         if self.sources and not batch.is_waiting:
             self.fill_slots(batch, step, [True] * len(batch.rows))
         return sum(source.count_dropped(batch) for source in self.sources)
 
-    def fill_slots(self, batch: MixedBatch, step: int, is_open: list[bool]):
-        """Inserts what the sources have for the local rows that are open."""
-        slots: list = [None] * len(batch.rows)
+    def retry(self, batch: MixedBatch, trainer: Any, *args) -> list[Demonstration | None]:
+        """Gives failed groups another try under hints, where the method has them; see [`HintSource`]."""
+        if self.hints is None or not batch.gives_hints:
+            return [None] * len(batch.rows)
+        return self.hints.retry(batch, trainer, *args)
+
+    def fill_slots(
+        self, batch: MixedBatch, step: int, is_open: list[bool], slots: list[Demonstration | None] | None = None
+    ):
+        """Inserts what the sources have for the local rows that are open, beside what is in slots already."""
+        slots = [None] * len(batch.rows) if slots is None else slots
         for source in self.sources:
             slots = source.open_slots(batch, step, slots, is_open)
         batch.insert(slots)
@@ -162,6 +185,10 @@ class Method:
             sources.append(DatasetSource(args))
         if args.replay_ratio > 0:
             sources.append(ReplaySource(args))
+        hints = None
+        if args.hint_source != "none":
+            traces = next((source.traces_of for source in sources if isinstance(source, DatasetSource)), None)
+            hints = HintSource(args, traces)
         return cls(
             sources=tuple(sources),
             when=OnFailure(args.failure_threshold) if args.demonstration_policy == "on_failure" else None,
@@ -170,6 +197,8 @@ class Method:
             advantage_weights=(args.demonstration_advantage_weight, args.rollout_advantage_weight),
             value_beta=args.oapl_value_beta if args.objective == "oapl" else None,
             drops_failures=args.failed_rollouts == "drop",
+            hints=hints,
+            hints_after=args.hint_warmup_steps,
         )
 
 

@@ -75,7 +75,7 @@ class DatasetSource:
         self._traces = dataset.select_columns(list(DEMONSTRATION_COLUMNS))
         return dataset.remove_columns(list(DEMONSTRATION_COLUMNS.keys() - {"demonstration_row"}))
 
-    def _traces_of(self, batch: MixedBatch) -> list[dict[str, Any]]:
+    def traces_of(self, batch: MixedBatch) -> list[dict[str, Any]]:
         """The B rows with their traces."""
         assert batch.inputs is not None
         if self._traces is None:
@@ -84,7 +84,7 @@ class DatasetSource:
         return [traces[row["demonstration_row"]] for row in batch.inputs]
 
     def count_dropped(self, batch: MixedBatch) -> int:
-        return sum(row["demonstrations_dropped"] for i, row in enumerate(self._traces_of(batch)) if batch.slot(i) == 0)
+        return sum(row["demonstrations_dropped"] for i, row in enumerate(self.traces_of(batch)) if batch.slot(i) == 0)
 
     def open_slots(
         self, batch: MixedBatch, step: int, slots: list[Demonstration | None], is_open: list[bool]
@@ -92,7 +92,7 @@ class DatasetSource:
         last = self.args.demonstration_max_steps
         if last is not None and step >= last:
             return slots
-        rows = self._traces_of(batch)
+        rows = self.traces_of(batch)
         ranks: list[list[int] | None] = [None] * len(rows)
         if self.args.demonstration_choice == "comprehension":
             ranks = rank_by_comprehension(rows, batch, is_open, self._tokenizer)

@@ -1,0 +1,158 @@
+# Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
+
+"""
+Unlike LUFFY, which puts a trace into the group, this puts a hint into the prompt where all rollouts of a group fail
+(Scaf-GRPO, arXiv 2510.19807; GHPO): the policy samples once more, each row under a hint of another strength, and the
+success with the weakest hint takes the place of the rollout of its row.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+from ..demonstrations import decode_completion
+from ..groups import Demonstration, MixedBatch
+from ..luffy_config import LuffyConfig
+from ..metrics import solves
+
+
+class Sampler(Protocol):
+    """What hints ask of a trainer. All processes ask together."""
+
+    processing_class: PreTrainedTokenizerBase
+    reward_weights: torch.Tensor
+
+    def tokenize(self, prompts: list) -> list[list[int]]: ...
+
+    def measure(self, sequences: list[tuple[list[int], list[int]]]) -> list[tuple[torch.Tensor, torch.Tensor]]: ...
+
+    def _continue(self, prompt_ids, completion_ids, logps, sampled: list[int]): ...
+
+
+class HintSource:
+    """
+    Gives failed groups another try.
+
+    Args:
+        args ([`LuffyConfig`]):
+            Configuration of the run.
+        get_traces (`Callable[[MixedBatch], list[dict[str, Any]]]`, *optional*):
+            Returns the rows with their tokenized traces, for `hint_source="trace"`.
+    """
+
+    def __init__(self, args: LuffyConfig, get_traces: Callable[[MixedBatch], list[dict[str, Any]]] | None = None):
+        self.args, self.get_traces = args, get_traces
+
+    def prepare(self, dataset: Dataset | IterableDataset):
+        """Refuses a dataset without hints."""
+        columns = dataset.column_names or []
+        if self.args.hint_source == "column" and columns and "hints" not in columns:
+            raise ValueError(
+                f"`hint_source='column'` reads the column `hints`, and the dataset has only the columns {columns}. "
+                "Give each row a list of texts, the weakest hint first, or set `hint_source='trace'`."
+            )
+
+    def hints_of(self, batch: MixedBatch, tokenizer: PreTrainedTokenizerBase) -> list[list[str]]:
+        """The hints of each of the B rows, the weakest first."""
+        if self.args.hint_source == "column":
+            for row in batch.rows:
+                if not isinstance(row["hints"] or [], list) or not all(isinstance(h, str) for h in row["hints"] or []):
+                    raise ValueError(
+                        f"`hints` of the row with the prompt {row['prompt']!r} is {row['hints']!r}. It is a list of "
+                        "texts, the weakest hint first."
+                    )
+            return [row["hints"] or [] for row in batch.rows]
+        assert self.get_traces is not None
+        levels = self.args.hint_levels
+        hints = []
+        for row in self.get_traces(batch):
+            ids: list[int] = next(iter(row["demonstration_ids"]), [])
+            shares = (round(len(ids) * level / (levels + 1)) for level in range(1, levels + 1))
+            hints.append([tokenizer.decode(ids[:length], skip_special_tokens=True) for length in shares if length])
+        return hints
+
+    def retry(
+        self,
+        batch: MixedBatch,
+        trainer: Sampler,
+        score: Callable[[list, list], torch.Tensor],
+        prompts: list,
+        generated: tuple[list, list, list, list | None],
+    ) -> list[Demonstration | None]:
+        """
+        Samples the rows of failed groups once more, and puts successes, in place, where rollouts were.
+
+        Args:
+            batch ([`MixedBatch`]):
+                The batch, with `has_failed` and `rollout_rewards`.
+            trainer ([`Sampler`]):
+                The trainer.
+            score (`Callable[[list, list], torch.Tensor]`):
+                The rewards, of shape `(N, F)`, of completions and their ids.
+            prompts (`list`):
+                Prompts of the B rows.
+            generated (`tuple[list, list, list, list | None]`):
+                Prompt ids, completion ids, completions and log-probs of the sampler of the B rows.
+
+        Returns:
+            `list[Demonstration | None]`: With `hint_placement="plain"`, the successes as demonstrations.
+        """
+        prompt_ids, completion_ids, completions, logps = generated
+        tokenizer = trainer.processing_class
+        hints = self.hints_of(batch, tokenizer)
+        tried = [i for i, failed in enumerate(batch.has_failed[batch.local].tolist()) if failed and hints[i]]
+        slots: list[Demonstration | None] = [None] * len(batch.rows)
+        levels = [batch.slot(i) % len(hints[i]) if i in tried else -1 for i in range(len(slots))]
+        all_levels = torch.tensor(gather_object(levels))
+        if not (all_levels >= 0).any():
+            return slots
+        hinted = [
+            self._with_hint(prompts[i], hints[i][levels[i]]) if i in tried else prompts[i] for i in range(len(slots))
+        ]
+        hinted_ids = trainer.tokenize(hinted)
+        new_ids: list[list[int]] = [[] if i in tried else list(ids) for i, ids in enumerate(completion_ids)]
+        new_logps = None if logps is None else [[] if i in tried else list(own) for i, own in enumerate(logps)]
+        trainer._continue(hinted_ids, new_ids, new_logps, tried)
+        new_completions = list(completions)
+        for i in tried:
+            new_completions[i] = decode_completion(tokenizer, hinted[i], hinted_ids[i], new_ids[i])
+
+        scores = list(batch.scores)
+        for i in tried:
+            batch.scores[i] = {}
+        is_success = solves(score(new_completions, new_ids), trainer.reward_weights).cpu() & (all_levels >= 0)
+        # The weakest hint of each group, and of several successes under it the first
+        costs = torch.where(is_success, all_levels, len(all_levels)).view(-1, batch.num_generations)
+        weakest = torch.zeros_like(is_success).view_as(costs).scatter_(1, costs.argmin(1, keepdim=True), True)
+        helped = weakest.flatten() & is_success
+        chosen = [i for i in tried if helped[batch.local.start + i]]
+        for i in tried:
+            if i not in chosen:
+                batch.scores[i] = scores[i]
+        # Groups that were helped have not failed any more
+        is_helped_group = helped.view(costs.shape).any(1).repeat_interleave(batch.num_generations)
+        batch.has_failed = batch.has_failed & ~is_helped_group.to(batch.has_failed.device)
+        if self.args.hint_placement == "prompt":
+            batch.is_helped = helped.to(batch.is_helped.device)
+            for i in chosen:
+                prompt_ids[i], completion_ids[i], completions[i] = hinted_ids[i], new_ids[i], new_completions[i]
+                if logps is not None:
+                    logps[i] = new_logps[i]
+            return slots
+        # Under the plain prompt nobody has sampled them: pi_phi is the policy under the hint
+        sequences = gather_object([(batch.local.start + i, hinted_ids[i], new_ids[i]) for i in chosen])
+        measured = trainer.measure([(prompt, ids) for _, prompt, ids in sequences])
+        for (number, _, ids), (behavior_logps, _) in zip(sequences, measured, strict=True):
+            if batch.local.start <= number < batch.local.stop:
+                slots[number - batch.local.start] = Demonstration(ids, behavior_logps.tolist(), origin="hinted")
+        return slots
+
+    def _with_hint(self, prompt: Any, hint: str) -> Any:
+        if isinstance(prompt, str):
+            return self.args.hint_template.format(prompt=prompt, hint=hint)
+        *before, last = prompt
+        return [*before, {**last, "content": self.args.hint_template.format(prompt=last["content"], hint=hint)}]
