@@ -39,7 +39,12 @@ def load_script(name):
 train_luffy, train_sft = load_script("train_luffy"), load_script("train_sft")
 
 ROWS = [
-    {"prompt": f"{i}+1=", "demonstrations": [rf"<think>{i}</think>\boxed{{{i + 1}}}"], "answer": str(i + 1)}
+    {
+        "prompt": f"{i}+1=",
+        "demonstrations": [rf"<think>{i}</think>\boxed{{{i + 1}}}", rf"<think>{i}+1</think>\boxed{{{i + 1}}}"],
+        "answer": str(i + 1),
+        "hints": ["count", f"after {i}"],
+    }
     for i in range(8)
 ]
 
