@@ -162,11 +162,16 @@ def _run_script(script, prog: str, args: argparse.Namespace):
     from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
     _, environment = prepare_simple_launcher_cmd_env(args)
+    before = dict(os.environ)
     os.environ.update(environment)
     os.environ.pop("PYTHONSAFEPATH", None)
     if "OMP_NUM_THREADS" in environment:  # which torch has read by now
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
-    script.run(args.training_script_args, prog)
+    try:
+        script.run(args.training_script_args, prog)
+    finally:  # whoever calls `main` from Python goes on in an environment of its own
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _with_defaults(launch_args: list[str], known: argparse.Namespace) -> list[str]:

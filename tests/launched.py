@@ -278,14 +278,22 @@ def canned(output_dir):
         },
     )
     torch.manual_seed(0)  # LoRA's weights
+    rows = tiny.addition_rows(6, lambda i: [f"A{i}", f"B{i}{i}C"][: 1 + i % 2])
     trainer = LuffyTrainer(
         str(output_dir / "model"),
-        tiny.share_of_digits,
+        tiny.is_even if args.replay_ratio or args.hint_source != "none" else tiny.share_of_digits,
         args,
-        Dataset.from_list(tiny.addition_rows(6, lambda i: [f"A{i}", f"B{i}{i}C"][: 1 + i % 2])),
+        Dataset.from_list([{**row, "hints": ["a", "b"]} for row in rows]),
         peft_config=peft_config,
     )
-    generated = []
+    generated, sources = [], []
+    finish = trainer.method.finish
+
+    def recording_finish(batch, output):
+        finish(batch, output)
+        sources.append(batch.sources)
+
+    object.__setattr__(trainer.method, "finish", recording_finish)
 
     def answer(prompt_ids, completion_ids, logps, sampled):
         generated.append(len(sampled))
@@ -294,13 +302,21 @@ def canned(output_dir):
             rng = random.Random(f"{prompt_ids[i]}-{slot}")
             completion_ids[i] += [rng.randrange(6, 90) for _ in range(rng.randrange(2, 15))]
 
+    def answer_all(prompt_ids, *args):
+        completion_ids = [[] for _ in prompt_ids]
+        answer(prompt_ids, completion_ids, None, range(len(prompt_ids)))
+        return completion_ids, None
+
     trainer._continue = answer
+    if args.demonstration_policy == "on_failure":  # all rollouts come first
+        trainer._generate_single_turn = answer_all
     micro_batches = record_micro_batches(trainer)
     trainer.train()
     trainer.save_model(str(output_dir / "saved"))
     plugin = trainer.accelerator.state.deepspeed_plugin
     return {
         "generated": generated,
+        "sources": sources,
         "passes": [sum(batch["step"] == step for batch in micro_batches) for step in range(3)],
         "engine": f"zero{plugin.zero_stage}" if plugin else "fsdp" if trainer.is_fsdp_enabled else "ddp",
         "log_history": trainer.state.log_history,

@@ -127,6 +127,15 @@ def test_train_launches_accelerate(tmp_path):
     assert load_file(tmp_path / "out" / "model.safetensors")
 
 
+def test_the_environment_is_as_before(tmp_path, monkeypatch):
+    """What accelerate sets for the run, such as the device, is not there for what comes after it."""
+    monkeypatch.setattr("luffy_trl.scripts.train.run", lambda *args: seen.append(dict(os.environ)))
+    seen, before = [], dict(os.environ)
+    assert cli.main(["train", "--cpu", "--output_dir", str(tmp_path), "--num_cpu_threads_per_process", "1"]) == 0
+    assert seen[0]["ACCELERATE_USE_CPU"] == "True" and "ACCELERATE_USE_CPU" not in before
+    assert dict(os.environ) == before
+
+
 def test_an_error_of_the_script_is_the_last_word(tmp_path, monkeypatch, capfd):
     arguments = run_flags(tmp_path, num_generations=3)
     monkeypatch.chdir(tmp_path)

@@ -5,6 +5,7 @@ One mixed batch on one process and on two, with DDP, FSDP2 and DeepSpeed, by the
 losses, gradient norms and weights. See `cpu_engines.py` for how FSDP2 and DeepSpeed run on a CPU.
 """
 
+import json
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,42 @@ def test_a_token_budget(tmp_path, alone, config):
     assert [rank["engine"] for rank in ranks] == [ENGINES[config]] * 2
     assert ranks[0]["passes"] == ranks[1]["passes"] and min(ranks[0]["passes"]) > 2
     assert_same(ranks, tmp_path, alone, atol=2e-5)
+
+
+FAMILY = {
+    "replay": {"num_demonstrations": 1, "replay_ratio": 0.5, "replay_start_solve_rate": 0.0, "max_steps": 6},
+    "hints": {"demonstration_policy": "on_failure", "failure_threshold": 0.5, "hint_source": "column"},
+    "hints, plain": {
+        "demonstration_policy": "on_failure",
+        "failure_threshold": 0.5,
+        "hint_source": "column",
+        "hint_placement": "plain",
+    },
+    "comprehension": {"num_demonstrations": 1, "demonstration_choice": "comprehension"},
+    "srft": {"objective": "srft", "loss_type": "dapo"},
+    "rl_plus": {"objective": "rl_plus", "num_iterations": 2, "max_steps": 4},
+}
+
+
+@pytest.mark.parametrize("method", FAMILY)
+@pytest.mark.parametrize("config", ["multi_gpu", "fsdp2", "zero3"])
+def test_the_family(tmp_path, config, method):
+    """What is measured, replayed, hinted and weighted is the same on one process and on two."""
+    if config != "multi_gpu" and method not in ("replay", "hints, plain"):
+        pytest.skip("the loss does not know the engine; what asks the policy for log-probs does")
+    options = {"CANNED_OPTIONS": json.dumps(FAMILY[method])}
+    folders = [tmp_path / "one", tmp_path / "two"]
+    (one,) = tiny.launch("canned", folders[0], 1, CONFIGS / "cpu.yaml", environment("cpu", PER_DEVICE="4", **options))
+    environ = environment(config, PER_DEVICE="2", **options)
+    two = tiny.launch("canned", folders[1], 2, CONFIGS / f"{config}.yaml", environ)
+    for step, sources in enumerate(one["sources"]):
+        assert two[0]["sources"][step] + two[1]["sources"][step] == sources
+    shown = {source for sources in one["sources"] for source in sources}
+    expected = {"replay": {"replay"}, "hints": {"hinted"}, "hints, plain": {"hinted"}}
+    assert expected.get(method, {"demonstration"}) <= shown
+    # What is measured is padded otherwise on one process
+    atol = 1e-4 if method == "hints, plain" else 2e-5
+    assert_same(two, folders[1], (one, load_file(folders[0] / "saved" / "model.safetensors")), atol=atol)
 
 
 def test_lora_in_two_processes(tmp_path):

@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 
 TUNING_SEED = 0
-MAP_METHODS = ("on_policy", "no_shaping", "luffy", "rl_with_sft_loss", "sft", "sft_then_rl")
-MAP_SEEDS = (1, 2)
+MAP_METHODS = ("luffy", "sft", "sft_then_rl", "exgrpo", "hpt", "chord_mu")
+MAP_SEEDS = (1, 2, 3, 4, 5)
 # What is unlike the comparison: quality of traces, and probability of giving up in the warm-up
 MAP_CONDITIONS = {
     "wrong_half": ("wrong_half", None),

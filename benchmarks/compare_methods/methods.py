@@ -39,6 +39,7 @@ import task as chains
 
 ON_POLICY = {"num_demonstrations": 0, "ratio_clipping": "on_policy"}
 SFT_LOSS = {"demonstration_loss": "sft", "advantage_baseline": "on_policy"}
+REPLAY = {"replay_ratio": 0.5}
 METHODS = {
     "on_policy": ("on-policy GRPO", ON_POLICY),
     "on_policy_entropy": ("on-policy GRPO, entropy bonus", {**ON_POLICY, "entropy_coef": 0.001}),
@@ -61,6 +62,37 @@ METHODS = {
         "CHORD-phi",
         {**SFT_LOSS, "sft_loss_combination": "interpolate", "sft_loss_coef": 0.1, "sft_token_weight": "chord"},
     ),
+    "exgrpo": ("ExGRPO", {"num_demonstrations": 0, "ratio_clipping": "until_mixed", **REPLAY}),
+    # Traces for half of the updates, and replays as soon as rollouts succeed
+    "luffy_then_exgrpo": ("LUFFY, then ExGRPO", {"demonstration_max_steps": 40, **REPLAY}),
+    "hpt": (
+        "HPT",
+        {
+            **SFT_LOSS,
+            "demonstration_policy": "on_failure",
+            "failed_rollouts": "drop",
+            "sft_loss_reduction": "loss_type",
+        },
+    ),
+    "srft": ("SRFT", {"objective": "srft", "loss_type": "dapo"}),
+    "rl_plus": ("RL-PLUS", {"objective": "rl_plus"}),
+    "prefix_rft": (
+        "Prefix-RFT",
+        {
+            "policy_shaping": "none",
+            "prefix_ratio_min": 0.05,
+            "prefix_ratio_max": 0.95,
+            "prefix_schedule": "random_cosine",
+            "prefix_schedule_steps": 80,
+            "demonstration_entropy_share": 0.2,
+        },
+    ),
+    # The prompt goes on with the beginning of the trace. Where no hint helps, the trace itself is shown
+    "hints": (
+        "hints, then LUFFY",
+        {"demonstration_policy": "on_failure", "hint_source": "trace", "hint_template": "{prompt}{hint}"},
+    ),
+    "oapl": ("OAPL", {"num_demonstrations": 0, "objective": "oapl", "steps_per_generation": 10}),
     "sft": ("SFT", None),
     "sft_then_rl": ("SFT, then RL", None),
 }
@@ -212,7 +244,7 @@ class RecordedLuffyTrainer(LuffyTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch):
         loss = super().training_step(model, inputs, num_items_in_batch)
-        batch = self._buffered_inputs[0]  # one micro-batch is all of an update
+        batch = self._buffered_inputs[(self._step - 1) % self.args.steps_per_generation]  # all of an update
         self.recorder.add_tokens(batch["completion_mask"].sum())
         shown = batch["demonstration_mask"] & batch["completion_mask"].bool()
         self.recorder.add_weights(self._logps.detach()[shown].exp(), self._logps.grad[shown].abs())
