@@ -1,7 +1,8 @@
 # Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
 
 """
-Grading of answers by math-verify, in worker processes with a hard limit on time and memory.
+What a text answers, and whether that is right: multiple choice by letter, and mathematics by math-verify, in worker
+processes with a hard limit on time and memory.
 
 A worker runs this file as a script: it starts in the time that math-verify takes to import, without torch, and neither
 forks a process that holds CUDA or gloo nor imports the user's main module a second time.
@@ -22,16 +23,18 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any, NamedTuple
 
 
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*{")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is none
 _ANCHOR = re.compile(r"\\boxed|(?<!\\)\$")
 _PROSE = re.compile(r"####|(?:^|\s)[A-Za-z]{3,}(?=[\s.,:;]|$)")
 
 # Everyday ways of writing that math-verify cannot read
-LOOKS = re.compile(  # of the same answer: its colour and size
+_LOOKS = re.compile(  # of the same answer: its colour and size
     r"\\(?:textcolor|colorbox|color)\s*\{[^{}]*\}"
     r"|\\(?:underline|boldsymbol|bm|[lL]arge|LARGE|[hH]uge)(?![A-Za-z])"
 )
@@ -63,9 +66,125 @@ _REPEATED = re.compile(r"\s*(.+?)\s*(?:,\s*\1\s*)+")
 _COMMAND = re.compile(r"\\[A-Za-z]+|\\.|[{}~$]")
 _UNIT = re.compile(r"[^A-Za-z]*\d[^A-Za-z]*?([A-Za-z]+?)s?\s*(?:\^\s*(\d))?\s*")
 
+# Multiple choice
+_WRAPPER = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mathsf|operatorname)\s*\{([^{}]*)\}")
+_MARKUP = re.compile(r"[*_`$]|\\[(),;! ]")
+_OPTION = r"(?:(?:option|choice|letter)\s*:?\s*)?"
+_LETTER = re.compile(_OPTION + r"[(\[{]*(?-i:([A-Z]))(?![A-Za-z'’])", re.IGNORECASE)
+_STATEMENT = re.compile(
+    r"\b(?:answer|(?:correct|right|best)\s+(?:option|choice|letter))\s*"
+    r"(?::|(?:is|would\s+be|must\s+be|should\s+be)\b)\s*(?:(?:therefore|thus|hence)\b,?)?\s*:?\s*(?:the\s+)?",
+    re.IGNORECASE,
+)
+# A further letter: `or B`, `/ (B)`, `, B`. The words `A` and `I` are none.
+_ANOTHER = re.compile(
+    r"[)\]}.]*\s*(?:(?:,|/|;|&|\bor\b|\band\b)\s*)+"
+    + _OPTION
+    + r"[(\[{]*(?-i:([B-HJ-Z]|[AI](?!\s+[a-z])))(?![A-Za-z'’])",
+    re.IGNORECASE,
+)
+
 _START_LIMIT = 120  # seconds; Python may be on a slow network disk
 _START_ATTEMPTS = 3
 _MAX_CALLS_AT_ONCE = 16
+
+
+# ---------------------------------------------------------------------------------------------- what a text answers
+
+
+def final_answer(text: str, opened: bool = False, require_think: bool = False) -> str | None:
+    """
+    The answer in a completion: the text between the first and the second `</think>`, or all of it.
+
+    Args:
+        text (`str`):
+            The completion.
+        opened (`bool`, *optional*, defaults to `False`):
+            Whether the prompt ends with `<think>`. If so, the completion is reasoning until it says `</think>`.
+        require_think (`bool`, *optional*, defaults to `False`):
+            Whether there must be a `</think>`.
+
+    Returns:
+        `str` or `None`: The answer; `None` if the reasoning has no end.
+    """
+    parts = text.split("</think>")
+    if len(parts) > 1:
+        return parts[1]
+    unfinished = opened or require_think or text.lstrip().startswith("<think>")
+    return None if unfinished else text
+
+
+def find_boxes(text: str) -> Iterator[tuple[str, int | None]]:
+    r"""The content of each `\boxed{}` and `\fbox{}`, and where it ends: `None` of the last one if it is not closed."""
+    start = _BOX.search(text)
+    while start:
+        end = _closing_brace(text, start.end())
+        # math-verify would drop what stands beside a box inside of a box
+        yield _BOX.sub("{", text[start.end() : end].strip()), end
+        start = None if end is None else _BOX.search(text, end)
+
+
+def _closing_brace(text: str, start: int) -> int | None:
+    """Where the brace is closed that was opened just before."""
+    depth = 1
+    for brace in _BRACE.finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return brace.start()
+    return None
+
+
+def extract_choice(text: str) -> str | None:
+    r"""
+    The letter that an answer to a multiple choice question chooses.
+
+    What is boxed goes before statements such as `the answer is (C)` or `ANSWER: C`, and they before a last line that
+    is a letter and nothing else.
+
+    Args:
+        text (`str`):
+            The answer, without the reasoning before it.
+
+    Returns:
+        `str` or `None`: The letter; `None` if there is none, or if there are several.
+
+    Example:
+    ```python
+    >>> extract_choice(r"So it is \boxed{\text{C}}.")
+    'C'
+    >>> extract_choice("The answer is (A) or (B).")  # None
+    ```
+    """
+    letters = set().union(*(_letters(_plain(content), alone=True) for content, _ in find_boxes(text)))
+    if not letters:
+        plain = _plain(text)
+        letters = set().union(*(_letters(plain[match.end() :]) for match in _STATEMENT.finditer(plain)))
+    if not letters:
+        last_line = plain.strip().split("\n")[-1]
+        letters = _letters(last_line.strip(), alone=True) if re.fullmatch(r"\W*\w\W*", last_line) else set()
+    return letters.pop() if len(letters) == 1 else None
+
+
+def _plain(text: str) -> str:
+    text = _LOOKS.sub("", text)
+    while (unwrapped := _WRAPPER.sub(r"\1", text)) != text:
+        text = unwrapped
+    return _MARKUP.sub("", text).strip()
+
+
+def _letters(text: str, alone: bool = False) -> set[str]:
+    """The letters that a text begins with: `C) 4 eV` has one, `A or B` two. `alone`: an `E = 4` has none."""
+    match = _LETTER.match(text)
+    if match is None:
+        return set()
+    letters, rest = {match[1]}, text[match.end() :]
+    while match := _ANOTHER.match(rest):
+        letters.add(match[1])
+        rest = rest[match.end() :]
+    return set() if alone and not re.match(r"\s*([)\]}.:,]|$)", rest) else letters
+
+
+# -------------------------------------------------------------------------------------------- whether that is right
 
 
 class _Reader:
@@ -127,22 +246,14 @@ def grade(gold: str, answers: tuple[str, ...]) -> bool | None:
 
 def _tidy(text: str) -> str:
     """A gold answer or an answer as math-verify can read it: no colour, no full stop, digits in one group."""
-    text = _FULL_STOP.sub("", LOOKS.sub("", text).replace(r"\varnothing", r"\emptyset"))
+    text = _FULL_STOP.sub("", _LOOKS.sub("", text).replace(r"\varnothing", r"\emptyset"))
     text = _THOUSANDS.sub(lambda match: re.sub(r"\D", "", match[0]), text)
     if text.startswith(r"\boxed{{") and text.endswith("}}"):  # of a colour
-        text = rf"\boxed{{{_without_braces(_content(text))}}}"
+        content = _content(text)
+        is_pair = _closing_brace(content, 1) == len(content) - 1
+        text = rf"\boxed{{{content[1:-1] if is_pair else content}}}"
     counted = _COUNTED.fullmatch(text)
     return rf"{counted[1]}\text{{ {counted[2]}}}{counted[3]}" if counted else text
-
-
-def _without_braces(text: str) -> str:
-    """A text without the pair of braces around it, if they are a pair."""
-    depth = 0
-    for brace in re.finditer(r"\\.|[{}]", text[1:-1]):
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)
-        if depth < 0:
-            break
-    return text[1:-1] if text.endswith("}") and depth == 0 else text
 
 
 def _content(text: str) -> str:
@@ -172,6 +283,9 @@ def _parse_gold(gold: str) -> list:
     if _PROSE.search(gold):
         return _reader().latex_or_text(gold, parsing_timeout=None) or parsed
     return parsed or _reader().latex_or_text(gold, parsing_timeout=None)
+
+
+# ------------------------------------------------------------------------------------------------- in other processes
 
 
 class Failure(NamedTuple):

@@ -5,13 +5,11 @@ import re
 from collections import Counter
 from typing import Any
 
-from .grading import Failure, shared_pool
+from .grading import Failure, final_answer, find_boxes, shared_pool
 
 
 logger = logging.getLogger(__name__)
 
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*{")
-_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is none
 _PERCENT = re.compile(r"\s*(?:\$|\\[)\]])\s*\\?%")
 
 
@@ -123,7 +121,7 @@ def explain_math_verify_reward(
     """
     if reward is None:
         return f"the gold answer {str(gold)[:80]!r} cannot be parsed"
-    if require_think and "</think>" not in completion:
+    if require_think and final_answer(completion, require_think=True) is None:
         return "no `</think>`, which `require_think` asks for"
     answers = _find_answers(completion, require_think)
     if answers == ("",):
@@ -135,28 +133,17 @@ def explain_math_verify_reward(
 
 def _find_answers(text: str, require_think: bool) -> tuple[str, ...]:
     """What [`~luffy_trl.grading.grade`] reads: the boxes of a completion; its text, if there are none."""
-    parts = text.split("</think>")
     if require_think:
-        return (_find_boxes(parts[1]) or (parts[1],)) if len(parts) > 1 else ()
-    return _find_boxes(parts[-1]) or _find_boxes(text) or (text,)
+        answer = final_answer(text, require_think=True)
+        return () if answer is None else _boxes(answer) or (answer,)
+    return _boxes(text.rpartition("</think>")[2]) or _boxes(text) or (text,)
 
 
-def _find_boxes(text: str) -> tuple[str, ...]:
+def _boxes(text: str) -> tuple[str, ...]:
     boxes: dict[str, None] = {}
-    start = _BOX.search(text)
-    while start:
-        depth = 1
-        for brace in _BRACE.finditer(text, start.end()):
-            depth += {"{": 1, "}": -1}.get(brace[0], 0)
-            if depth == 0:
-                break
-        content = text[start.end() : brace.start() if depth == 0 else None].strip()
-        if depth and content:
+    for content, end in find_boxes(text):
+        if content and end is None:
             return ("",)  # cut in the middle of an answer
-        if depth:
-            break
-        content = _BOX.sub("{", content)  # math-verify would drop what stands beside a box inside of a box
         if content:  # an empty box is one that the text talks about
-            boxes[content + r"\%" * bool(_PERCENT.match(text, brace.end()))] = None
-        start = _BOX.search(text, brace.end())
+            boxes[content + r"\%" * bool(end and _PERCENT.match(text, end + 1))] = None
     return tuple(rf"\boxed{{{content}}}" for content in boxes)

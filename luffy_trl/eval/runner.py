@@ -22,8 +22,7 @@ from transformers.utils import is_peft_available
 from ..demonstrations import find_eos_token_ids, load_generation_config
 from ..errors import loading_model
 from .backends import Request, Sampling, ServerBackend, TransformersBackend, VLLMBackend, sample_seed
-from .benchmarks import BENCHMARKS, Question, load_questions
-from .grading import grade
+from .benchmarks import BENCHMARKS, Question, grade, load_questions
 from .identity import IDENTITY, base_of, identify
 from .report import plot_pass_at_k, plot_scores, summarize, to_markdown
 from .templates import TEMPLATES, render_question
