@@ -22,13 +22,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
-from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from ..errors import in_one_line
+from ..journal import Journal
 from ..redaction import Redactor, credentials_of, without_credentials
 from .openr1 import Checker, OpenR1Arguments, Report, locked, stream, to_row, write_training_data
 
@@ -133,50 +133,6 @@ class GenerateArguments(OpenR1Arguments):
     def api_key(self) -> str:
         """The key, empty if there is none. It is no field: fields are written to the report."""
         return os.environ[self.api_key_env] if self.api_key_env else ""
-
-
-class Journal:
-    """
-    Answers by request, in a file to which lines are only ever added. Memory holds where each line begins.
-
-    A last line that was cut when its writer was killed is taken off.
-
-    Args:
-        path (`str`):
-            The file. It is made if it is not there.
-
-    Raises:
-        ValueError: If another line cannot be read.
-    """
-
-    def __init__(self, path: str):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "a+b")
-        self._offsets: dict[str, int] = {}
-        self._file.seek(0)
-        end = 0
-        for number, line in enumerate(self._file, start=1):
-            if not line.endswith(b"\n"):
-                break  # cut
-            try:
-                self._offsets[json.loads(line)["key"]] = end
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f"Line {number} of the journal {path!r} cannot be read. Remove the line.") from None
-            end += len(line)
-        self._file.truncate(end)
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._offsets
-
-    def __getitem__(self, key: str) -> dict[str, Any]:
-        self._file.seek(self._offsets[key])
-        return json.loads(self._file.readline())
-
-    def add(self, record: dict[str, Any]):
-        """Adds an answer; `record["key"]` says to which request."""
-        self._offsets[record["key"]] = self._file.seek(0, os.SEEK_END)
-        self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()  # to the operating system: a kill cannot take it back
 
 
 class Pace:
@@ -406,7 +362,7 @@ async def ask_all(args: GenerateArguments, checker: Checker, journal: Journal) -
             What to ask, and how.
         checker ([`~luffy_trl.data.openr1.Checker`]):
             Says for which rows.
-        journal ([`Journal`]):
+        journal ([`~luffy_trl.journal.Journal`]):
             Gets the answers.
 
     Returns:
