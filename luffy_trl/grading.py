@@ -40,6 +40,8 @@ _LOOKS = re.compile(  # of the same answer: its colour and size
 )
 _FULL_STOP = re.compile(r"(?<![\\{])[.,]\s*(?=\}|\$|\\[)\]]|\Z)")  # or a comma; `{,}` and `,\}` stay
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\\[,;:! ]|[ ~])\d{3})+(?!\d)")
+_NUMBER_AS_TEXT = re.compile(r"(\\boxed\{)?\\(?:text|math)[a-z]*\s*\{\s*(-?[\d.,]+)\s*\}(\}?)")
+_REPEATING = re.compile(r"(?<![\d.])(\d{0,99})\.(\d{0,99})\\(?:overline|bar|dot)\s*(?:\{\s*(\d{1,99})\s*\}|(\d))")
 _UNITS = {
     name: names.split()[0]
     for names in (
@@ -64,6 +66,7 @@ _CAPITALS = re.compile(r"(?:\\(?:text|math)[a-z]*\s*\{\s*)?([A-Z]{2,})\s*\}?")
 _EQUATION = re.compile(r"\s*-?\d+(?:\.\d+)?\s*(?:=\s*-?\d+(?:\.\d+)?\s*)+")
 _REPEATED = re.compile(r"\s*(.+?)\s*(?:,\s*\1\s*)+")
 _COMMAND = re.compile(r"\\[A-Za-z]+|\\.|[{}~$]")
+_QUANTITY = re.compile(r"(?<![\d.])(\d++(?:\.\d++)?)\s*([A-Za-z]++)\s*(?:,|\+|and\b)?")
 _UNIT = re.compile(r"[^A-Za-z]*\d[^A-Za-z]*?([A-Za-z]+?)s?\s*(?:\^\s*(\d))?\s*")
 
 # Multiple choice
@@ -83,6 +86,7 @@ _ANOTHER = re.compile(
     + r"[(\[{]*(?-i:([B-HJ-Z]|[AI](?!\s+[a-z])))(?![A-Za-z'’])",
     re.IGNORECASE,
 )
+_LABEL = re.compile(r"(?:,|/|;|&|\bor\b|\band\b)\s*[(\[]([A-Z])[)\]]")  # behind an option: `(C) 5 or (D) 6`
 
 _START_LIMIT = 120  # seconds; Python may be on a slow network disk
 _START_ATTEMPTS = 3
@@ -181,7 +185,9 @@ def _letters(text: str, alone: bool = False) -> set[str]:
     while match := _ANOTHER.match(rest):
         letters.add(match[1])
         rest = rest[match.end() :]
-    return set() if alone and not re.match(r"\s*([)\]}.:,]|$)", rest) else letters
+    if not alone:
+        return letters
+    return letters.union(_LABEL.findall(rest)) if re.match(r"\s*([)\]}.:,]|$)", rest) else set()
 
 
 # -------------------------------------------------------------------------------------------- whether that is right
@@ -192,13 +198,28 @@ class _Reader:
 
     def __init__(self):
         from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+        from sympy import Float, Rational, evaluate
+
+        def exact(text, extraction_config, **kwargs):
+            parsed = parse(text, extraction_config, parsing_timeout=None, **kwargs)
+            # Decimals as they are written: math-verify would round them to six places
+            with evaluate(False):  # `2.0 = 2` stays an equation
+                return [
+                    value
+                    if isinstance(value, str)
+                    else value.xreplace({x: Rational(str(x)) for x in value.atoms(Float)})
+                    for value in parsed
+                ]
 
         # LaTeX only, and what is boxed before anything else
-        self.latex = functools.partial(parse, extraction_config=(LatexExtractionConfig(boxed_match_priority=0),))
+        self.latex = functools.partial(exact, extraction_config=(LatexExtractionConfig(boxed_match_priority=0),))
         self.latex_or_text = functools.partial(
-            parse, extraction_config=(LatexExtractionConfig(), ExprExtractionConfig())
+            exact, extraction_config=(LatexExtractionConfig(), ExprExtractionConfig())
         )
-        self.verify = verify
+        # Fifty digits: with fifteen, all that is below 1e-15 would be equal
+        self.verify = functools.partial(
+            verify, numeric_precision=50, allow_set_relation_comp=True, timeout_seconds=None
+        )
 
 
 _reader = functools.cache(_Reader)
@@ -226,10 +247,17 @@ def grade(gold: str, answers: tuple[str, ...]) -> bool | None:
         return None
 
     def is_equal(answer):
-        parsed = _reader().latex(answer, extraction_mode="first_match", parsing_timeout=None)
-        return _reader().verify(parsed_gold, parsed, timeout_seconds=None)
+        parsed = _reader().latex(answer, extraction_mode="first_match")
+        return _reader().verify(parsed_gold, parsed)
+
+    choice = re.fullmatch(r"\W*([A-Z])\W*", _plain(_content(gold)))
 
     def is_right(answer):
+        if choice and answer.startswith(r"\boxed{") and _letters(_plain(_content(answer)), alone=True) == {choice[1]}:
+            return True
+        quantities = _quantities(_content(gold)), _quantities(_content(answer))
+        if any(quantities):
+            return quantities[0] == quantities[1]
         if not is_equal(answer) or _differs(_content(gold), _content(answer)):
             return False
         repeated = _REPEATED.fullmatch(_content(answer))
@@ -247,6 +275,9 @@ def grade(gold: str, answers: tuple[str, ...]) -> bool | None:
 def _tidy(text: str) -> str:
     """A gold answer or an answer as math-verify can read it: no colour, no full stop, digits in one group."""
     text = _FULL_STOP.sub("", _LOOKS.sub("", text).replace(r"\varnothing", r"\emptyset"))
+    if number := _NUMBER_AS_TEXT.fullmatch(text):
+        text = rf"{number[1] or ''}{number[2]}{number[3]}"
+    text = _REPEATING.sub(_as_fraction, text)
     text = _THOUSANDS.sub(lambda match: re.sub(r"\D", "", match[0]), text)
     if text.startswith(r"\boxed{{") and text.endswith("}}"):  # of a colour
         content = _content(text)
@@ -254,6 +285,13 @@ def _tidy(text: str) -> str:
         text = rf"\boxed{{{content[1:-1] if is_pair else content}}}"
     counted = _COUNTED.fullmatch(text)
     return rf"{counted[1]}\text{{ {counted[2]}}}{counted[3]}" if counted else text
+
+
+def _as_fraction(match: re.Match) -> str:
+    """A decimal whose last digits repeat, which math-verify reads as the digits and a factor."""
+    whole, fixed, repeated = match[1], match[2], match[3] or match[4]
+    denominator = int("9" * len(repeated) + "0" * len(fixed))
+    return rf"{{\frac{{{int(whole + fixed + repeated) - int(whole + fixed or 0)}}}{{{denominator}}}}}"
 
 
 def _content(text: str) -> str:
@@ -274,15 +312,29 @@ def _differs(gold: str, answer: str) -> bool:
     return all(unit and unit[1] in _UNITS for unit in units) and len({(_UNITS[u[1]], u[2]) for u in units}) > 1
 
 
+def _quantities(text: str) -> list[tuple[float, str]]:
+    """Numbers and units of a quantity in several units, `2 h 30 min`, of which math-verify reads the first number."""
+    plain = _COMMAND.sub(" ", text)
+    found = _QUANTITY.findall(plain)
+    is_all = not _QUANTITY.sub("", plain).strip() and len(found) > 1
+    units = [unit if unit in _UNITS else unit.removesuffix("s") for _, unit in found]
+    # `3m + 2s` are letters, and no metres
+    if not is_all or ("\\" not in text and all(len(unit) == 1 for unit in units)):
+        return []
+    if not all(unit in _UNITS or re.fullmatch(_WORD, unit) for unit in units):
+        return []
+    return [(float(number), _UNITS.get(unit, unit)) for (number, _), unit in zip(found, units, strict=True)]
+
+
 @functools.lru_cache(maxsize=1024)
 def _parse_gold(gold: str) -> list:
     if _ANCHOR.search(gold):
-        return _reader().latex_or_text(gold, parsing_timeout=None)
+        return _reader().latex_or_text(gold)
     # math-verify reads a bare expression only inside an anchor, and all of a sentence there as an expression
-    parsed = _reader().latex(rf"\boxed{{{gold}}}", parsing_timeout=None)
+    parsed = _reader().latex(rf"\boxed{{{gold}}}")
     if _PROSE.search(gold):
-        return _reader().latex_or_text(gold, parsing_timeout=None) or parsed
-    return parsed or _reader().latex_or_text(gold, parsing_timeout=None)
+        return _reader().latex_or_text(gold) or parsed
+    return parsed or _reader().latex_or_text(gold)
 
 
 # ------------------------------------------------------------------------------------------------- in other processes

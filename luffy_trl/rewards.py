@@ -31,6 +31,7 @@ def math_verify_reward(
     where boxes follow the last `</think>`, those before it do not count. A box that is not closed is wrong. Without a
     box, the answer is the last LaTeX environment, as math-verify finds it. In an equation, the last side counts. A
     final full stop or comma does not matter; a number in another unit or base than the gold answer's is wrong.
+    Decimals count as they are written, where math-verify alone would round them to six places.
 
     Answers are graded in worker processes with a hard limit on time and memory, on every thread (see
     [`~luffy_trl.grading.WorkerPool`] and its environment variables); identical ones only once in a batch. One that
