@@ -537,7 +537,7 @@ def test_killed_and_started_again(tmp_path):
     }
     assert data["answer"] == [str(i + 1) for i in range(30)]
     assert data["demonstrations"][29] == ["<think>\n29, 1.\n</think>\n\n\\boxed{30}"]
-    assert len(journal.read_text().splitlines()) == 30
+    assert len(Journal(str(journal))) == len(journal.read_text().splitlines()) == 30  # the cut line is gone
 
 
 def test_other_settings_are_other_requests(tmp_path):
