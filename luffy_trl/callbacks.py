@@ -14,8 +14,7 @@ from trl.models.utils import unwrap_model_for_generation
 
 from .demonstrations import find_eos_token_ids
 from .eval.backends import Request, Sampling, generate_batch, sample_seed
-from .eval.benchmarks import load_questions
-from .eval.grading import grade
+from .eval.benchmarks import grade, load_questions
 from .eval.templates import render_question
 
 

@@ -1,7 +1,8 @@
 # Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
 
 """
-Grading of answers by math-verify, in worker processes with a hard limit on time and memory.
+What a text answers, and whether that is right: multiple choice by letter, and mathematics by math-verify, in worker
+processes with a hard limit on time and memory.
 
 A worker runs this file as a script: it starts in the time that math-verify takes to import, without torch, and neither
 forks a process that holds CUDA or gloo nor imports the user's main module a second time.
@@ -22,21 +23,25 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any, NamedTuple
 
 
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*{")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is none
 _ANCHOR = re.compile(r"\\boxed|(?<!\\)\$")
 _PROSE = re.compile(r"####|(?:^|\s)[A-Za-z]{3,}(?=[\s.,:;]|$)")
 
 # Everyday ways of writing that math-verify cannot read
-LOOKS = re.compile(  # of the same answer: its colour and size
+_LOOKS = re.compile(  # of the same answer: its colour and size
     r"\\(?:textcolor|colorbox|color)\s*\{[^{}]*\}"
     r"|\\(?:underline|boldsymbol|bm|[lL]arge|LARGE|[hH]uge)(?![A-Za-z])"
 )
 _FULL_STOP = re.compile(r"(?<![\\{])[.,]\s*(?=\}|\$|\\[)\]]|\Z)")  # or a comma; `{,}` and `,\}` stay
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\\[,;:! ]|[ ~])\d{3})+(?!\d)")
+_NUMBER_AS_TEXT = re.compile(r"(\\boxed\{)?\\(?:text|math)[a-z]*\s*\{\s*(-?[\d.,]+)\s*\}(\}?)")
+_REPEATING = re.compile(r"(?<![\d.])(\d{0,99})\.(\d{0,99})\\(?:overline|bar|dot)\s*(?:\{\s*(\d{1,99})\s*\}|(\d))")
 _UNITS = {
     name: names.split()[0]
     for names in (
@@ -61,11 +66,131 @@ _CAPITALS = re.compile(r"(?:\\(?:text|math)[a-z]*\s*\{\s*)?([A-Z]{2,})\s*\}?")
 _EQUATION = re.compile(r"\s*-?\d+(?:\.\d+)?\s*(?:=\s*-?\d+(?:\.\d+)?\s*)+")
 _REPEATED = re.compile(r"\s*(.+?)\s*(?:,\s*\1\s*)+")
 _COMMAND = re.compile(r"\\[A-Za-z]+|\\.|[{}~$]")
+_QUANTITY = re.compile(r"(?<![\d.])(\d++(?:\.\d++)?)\s*([A-Za-z]++)\s*(?:,|\+|and\b)?")
 _UNIT = re.compile(r"[^A-Za-z]*\d[^A-Za-z]*?([A-Za-z]+?)s?\s*(?:\^\s*(\d))?\s*")
+
+# Multiple choice
+_WRAPPER = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mathsf|operatorname)\s*\{([^{}]*)\}")
+_MARKUP = re.compile(r"[*_`$]|\\[(),;! ]")
+_OPTION = r"(?:(?:option|choice|letter)\s*:?\s*)?"
+_LETTER = re.compile(_OPTION + r"[(\[{]*(?-i:([A-Z]))(?![A-Za-z'’])", re.IGNORECASE)
+_STATEMENT = re.compile(
+    r"\b(?:answer|(?:correct|right|best)\s+(?:option|choice|letter))\s*"
+    r"(?::|(?:is|would\s+be|must\s+be|should\s+be)\b)\s*(?:(?:therefore|thus|hence)\b,?)?\s*:?\s*(?:the\s+)?",
+    re.IGNORECASE,
+)
+# A further letter: `or B`, `/ (B)`, `, B`. The words `A` and `I` are none.
+_ANOTHER = re.compile(
+    r"[)\]}.]*\s*(?:(?:,|/|;|&|\bor\b|\band\b)\s*)+"
+    + _OPTION
+    + r"[(\[{]*(?-i:([B-HJ-Z]|[AI](?!\s+[a-z])))(?![A-Za-z'’])",
+    re.IGNORECASE,
+)
+_LABEL = re.compile(r"(?:,|/|;|&|\bor\b|\band\b)\s*[(\[]([A-Z])[)\]]")  # behind an option: `(C) 5 or (D) 6`
 
 _START_LIMIT = 120  # seconds; Python may be on a slow network disk
 _START_ATTEMPTS = 3
 _MAX_CALLS_AT_ONCE = 16
+
+
+# ---------------------------------------------------------------------------------------------- what a text answers
+
+
+def final_answer(text: str, opened: bool = False, require_think: bool = False) -> str | None:
+    """
+    The answer in a completion: the text between the first and the second `</think>`, or all of it.
+
+    Args:
+        text (`str`):
+            The completion.
+        opened (`bool`, *optional*, defaults to `False`):
+            Whether the prompt ends with `<think>`. If so, the completion is reasoning until it says `</think>`.
+        require_think (`bool`, *optional*, defaults to `False`):
+            Whether there must be a `</think>`.
+
+    Returns:
+        `str` or `None`: The answer; `None` if the reasoning has no end.
+    """
+    parts = text.split("</think>")
+    if len(parts) > 1:
+        return parts[1]
+    unfinished = opened or require_think or text.lstrip().startswith("<think>")
+    return None if unfinished else text
+
+
+def find_boxes(text: str) -> Iterator[tuple[str, int | None]]:
+    r"""The content of each `\boxed{}` and `\fbox{}`, and where it ends: `None` of the last one if it is not closed."""
+    start = _BOX.search(text)
+    while start:
+        end = _closing_brace(text, start.end())
+        # math-verify would drop what stands beside a box inside of a box
+        yield _BOX.sub("{", text[start.end() : end].strip()), end
+        start = None if end is None else _BOX.search(text, end)
+
+
+def _closing_brace(text: str, start: int) -> int | None:
+    """Where the brace is closed that was opened just before."""
+    depth = 1
+    for brace in _BRACE.finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return brace.start()
+    return None
+
+
+def extract_choice(text: str) -> str | None:
+    r"""
+    The letter that an answer to a multiple choice question chooses.
+
+    What is boxed goes before statements such as `the answer is (C)` or `ANSWER: C`, and they before a last line that
+    is a letter and nothing else.
+
+    Args:
+        text (`str`):
+            The answer, without the reasoning before it.
+
+    Returns:
+        `str` or `None`: The letter; `None` if there is none, or if there are several.
+
+    Example:
+    ```python
+    >>> extract_choice(r"So it is \boxed{\text{C}}.")
+    'C'
+    >>> extract_choice("The answer is (A) or (B).")  # None
+    ```
+    """
+    letters = set().union(*(_letters(_plain(content), alone=True) for content, _ in find_boxes(text)))
+    if not letters:
+        plain = _plain(text)
+        letters = set().union(*(_letters(plain[match.end() :]) for match in _STATEMENT.finditer(plain)))
+    if not letters:
+        last_line = plain.strip().split("\n")[-1]
+        letters = _letters(last_line.strip(), alone=True) if re.fullmatch(r"\W*\w\W*", last_line) else set()
+    return letters.pop() if len(letters) == 1 else None
+
+
+def _plain(text: str) -> str:
+    text = _LOOKS.sub("", text)
+    while (unwrapped := _WRAPPER.sub(r"\1", text)) != text:
+        text = unwrapped
+    return _MARKUP.sub("", text).strip()
+
+
+def _letters(text: str, alone: bool = False) -> set[str]:
+    """The letters that a text begins with: `C) 4 eV` has one, `A or B` two. `alone`: an `E = 4` has none."""
+    match = _LETTER.match(text)
+    if match is None:
+        return set()
+    letters, rest = {match[1]}, text[match.end() :]
+    while match := _ANOTHER.match(rest):
+        letters.add(match[1])
+        rest = rest[match.end() :]
+    if not alone:
+        return letters
+    return letters.union(_LABEL.findall(rest)) if re.match(r"\s*([)\]}.:,]|$)", rest) else set()
+
+
+# -------------------------------------------------------------------------------------------- whether that is right
 
 
 class _Reader:
@@ -73,13 +198,28 @@ class _Reader:
 
     def __init__(self):
         from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+        from sympy import Float, Rational, evaluate
+
+        def exact(text, extraction_config, **kwargs):
+            parsed = parse(text, extraction_config, parsing_timeout=None, **kwargs)
+            # Decimals as they are written: math-verify would round them to six places
+            with evaluate(False):  # `2.0 = 2` stays an equation
+                return [
+                    value
+                    if isinstance(value, str)
+                    else value.xreplace({x: Rational(str(x)) for x in value.atoms(Float)})
+                    for value in parsed
+                ]
 
         # LaTeX only, and what is boxed before anything else
-        self.latex = functools.partial(parse, extraction_config=(LatexExtractionConfig(boxed_match_priority=0),))
+        self.latex = functools.partial(exact, extraction_config=(LatexExtractionConfig(boxed_match_priority=0),))
         self.latex_or_text = functools.partial(
-            parse, extraction_config=(LatexExtractionConfig(), ExprExtractionConfig())
+            exact, extraction_config=(LatexExtractionConfig(), ExprExtractionConfig())
         )
-        self.verify = verify
+        # Fifty digits: with fifteen, all that is below 1e-15 would be equal
+        self.verify = functools.partial(
+            verify, numeric_precision=50, allow_set_relation_comp=True, timeout_seconds=None
+        )
 
 
 _reader = functools.cache(_Reader)
@@ -107,10 +247,17 @@ def grade(gold: str, answers: tuple[str, ...]) -> bool | None:
         return None
 
     def is_equal(answer):
-        parsed = _reader().latex(answer, extraction_mode="first_match", parsing_timeout=None)
-        return _reader().verify(parsed_gold, parsed, timeout_seconds=None)
+        parsed = _reader().latex(answer, extraction_mode="first_match")
+        return _reader().verify(parsed_gold, parsed)
+
+    choice = re.fullmatch(r"\W*([A-Z])\W*", _plain(_content(gold)))
 
     def is_right(answer):
+        if choice and answer.startswith(r"\boxed{") and _letters(_plain(_content(answer)), alone=True) == {choice[1]}:
+            return True
+        quantities = _quantities(_content(gold)), _quantities(_content(answer))
+        if any(quantities):
+            return quantities[0] == quantities[1]
         if not is_equal(answer) or _differs(_content(gold), _content(answer)):
             return False
         repeated = _REPEATED.fullmatch(_content(answer))
@@ -127,22 +274,24 @@ def grade(gold: str, answers: tuple[str, ...]) -> bool | None:
 
 def _tidy(text: str) -> str:
     """A gold answer or an answer as math-verify can read it: no colour, no full stop, digits in one group."""
-    text = _FULL_STOP.sub("", LOOKS.sub("", text).replace(r"\varnothing", r"\emptyset"))
+    text = _FULL_STOP.sub("", _LOOKS.sub("", text).replace(r"\varnothing", r"\emptyset"))
+    if number := _NUMBER_AS_TEXT.fullmatch(text):
+        text = rf"{number[1] or ''}{number[2]}{number[3]}"
+    text = _REPEATING.sub(_as_fraction, text)
     text = _THOUSANDS.sub(lambda match: re.sub(r"\D", "", match[0]), text)
     if text.startswith(r"\boxed{{") and text.endswith("}}"):  # of a colour
-        text = rf"\boxed{{{_without_braces(_content(text))}}}"
+        content = _content(text)
+        is_pair = _closing_brace(content, 1) == len(content) - 1
+        text = rf"\boxed{{{content[1:-1] if is_pair else content}}}"
     counted = _COUNTED.fullmatch(text)
     return rf"{counted[1]}\text{{ {counted[2]}}}{counted[3]}" if counted else text
 
 
-def _without_braces(text: str) -> str:
-    """A text without the pair of braces around it, if they are a pair."""
-    depth = 0
-    for brace in re.finditer(r"\\.|[{}]", text[1:-1]):
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)
-        if depth < 0:
-            break
-    return text[1:-1] if text.endswith("}") and depth == 0 else text
+def _as_fraction(match: re.Match) -> str:
+    """A decimal whose last digits repeat, which math-verify reads as the digits and a factor."""
+    whole, fixed, repeated = match[1], match[2], match[3] or match[4]
+    denominator = int("9" * len(repeated) + "0" * len(fixed))
+    return rf"{{\frac{{{int(whole + fixed + repeated) - int(whole + fixed or 0)}}}{{{denominator}}}}}"
 
 
 def _content(text: str) -> str:
@@ -163,15 +312,32 @@ def _differs(gold: str, answer: str) -> bool:
     return all(unit and unit[1] in _UNITS for unit in units) and len({(_UNITS[u[1]], u[2]) for u in units}) > 1
 
 
+def _quantities(text: str) -> list[tuple[float, str]]:
+    """Numbers and units of a quantity in several units, `2 h 30 min`, of which math-verify reads the first number."""
+    plain = _COMMAND.sub(" ", text)
+    found = _QUANTITY.findall(plain)
+    is_all = not _QUANTITY.sub("", plain).strip() and len(found) > 1
+    units = [unit if unit in _UNITS else unit.removesuffix("s") for _, unit in found]
+    # `3m + 2s` are letters, and no metres
+    if not is_all or ("\\" not in text and all(len(unit) == 1 for unit in units)):
+        return []
+    if not all(unit in _UNITS or re.fullmatch(_WORD, unit) for unit in units):
+        return []
+    return [(float(number), _UNITS.get(unit, unit)) for (number, _), unit in zip(found, units, strict=True)]
+
+
 @functools.lru_cache(maxsize=1024)
 def _parse_gold(gold: str) -> list:
     if _ANCHOR.search(gold):
-        return _reader().latex_or_text(gold, parsing_timeout=None)
+        return _reader().latex_or_text(gold)
     # math-verify reads a bare expression only inside an anchor, and all of a sentence there as an expression
-    parsed = _reader().latex(rf"\boxed{{{gold}}}", parsing_timeout=None)
+    parsed = _reader().latex(rf"\boxed{{{gold}}}")
     if _PROSE.search(gold):
-        return _reader().latex_or_text(gold, parsing_timeout=None) or parsed
-    return parsed or _reader().latex_or_text(gold, parsing_timeout=None)
+        return _reader().latex_or_text(gold) or parsed
+    return parsed or _reader().latex_or_text(gold)
+
+
+# ------------------------------------------------------------------------------------------------- in other processes
 
 
 class Failure(NamedTuple):

@@ -5,13 +5,11 @@ import re
 from collections import Counter
 from typing import Any
 
-from .grading import Failure, shared_pool
+from .grading import Failure, final_answer, find_boxes, shared_pool
 
 
 logger = logging.getLogger(__name__)
 
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*{")
-_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is none
 _PERCENT = re.compile(r"\s*(?:\$|\\[)\]])\s*\\?%")
 
 
@@ -33,6 +31,7 @@ def math_verify_reward(
     where boxes follow the last `</think>`, those before it do not count. A box that is not closed is wrong. Without a
     box, the answer is the last LaTeX environment, as math-verify finds it. In an equation, the last side counts. A
     final full stop or comma does not matter; a number in another unit or base than the gold answer's is wrong.
+    Decimals count as they are written, where math-verify alone would round them to six places.
 
     Answers are graded in worker processes with a hard limit on time and memory, on every thread (see
     [`~luffy_trl.grading.WorkerPool`] and its environment variables); identical ones only once in a batch. One that
@@ -123,7 +122,7 @@ def explain_math_verify_reward(
     """
     if reward is None:
         return f"the gold answer {str(gold)[:80]!r} cannot be parsed"
-    if require_think and "</think>" not in completion:
+    if require_think and final_answer(completion, require_think=True) is None:
         return "no `</think>`, which `require_think` asks for"
     answers = _find_answers(completion, require_think)
     if answers == ("",):
@@ -135,28 +134,17 @@ def explain_math_verify_reward(
 
 def _find_answers(text: str, require_think: bool) -> tuple[str, ...]:
     """What [`~luffy_trl.grading.grade`] reads: the boxes of a completion; its text, if there are none."""
-    parts = text.split("</think>")
     if require_think:
-        return (_find_boxes(parts[1]) or (parts[1],)) if len(parts) > 1 else ()
-    return _find_boxes(parts[-1]) or _find_boxes(text) or (text,)
+        answer = final_answer(text, require_think=True)
+        return () if answer is None else _boxes(answer) or (answer,)
+    return _boxes(text.rpartition("</think>")[2]) or _boxes(text) or (text,)
 
 
-def _find_boxes(text: str) -> tuple[str, ...]:
+def _boxes(text: str) -> tuple[str, ...]:
     boxes: dict[str, None] = {}
-    start = _BOX.search(text)
-    while start:
-        depth = 1
-        for brace in _BRACE.finditer(text, start.end()):
-            depth += {"{": 1, "}": -1}.get(brace[0], 0)
-            if depth == 0:
-                break
-        content = text[start.end() : brace.start() if depth == 0 else None].strip()
-        if depth and content:
+    for content, end in find_boxes(text):
+        if content and end is None:
             return ("",)  # cut in the middle of an answer
-        if depth:
-            break
-        content = _BOX.sub("{", content)  # math-verify would drop what stands beside a box inside of a box
         if content:  # an empty box is one that the text talks about
-            boxes[content + r"\%" * bool(_PERCENT.match(text, brace.end()))] = None
-        start = _BOX.search(text, brace.end())
+            boxes[content + r"\%" * bool(end and _PERCENT.match(text, end + 1))] = None
     return tuple(rf"\boxed{{{content}}}" for content in boxes)

@@ -295,8 +295,8 @@ def test_no_warnings_of_our_own_defaults(tmp_path):
 
 
 def test_a_missing_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "httpx", None)
-    with pytest.raises(ImportError, match=r"traces, httpx is needed: `pip install luffy-trl\[data\]`"):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ImportError, match=r"traces, openai is needed: `pip install luffy-trl\[data\]`"):
         cli.main(["prepare-data", "generate", "-h"])
 
 

@@ -354,6 +354,7 @@ def test_a_question_is_asked_as_training_asks_it():
         (r"\boxed{\text{C}}", "C"),
         (r"\boxed{\textbf{(C)}}", "C"),
         (r"\boxed{\text{(C)}\ }", "C"),
+        (r"\boxed{\textbf{(C)}\ 5}", "C"),
         (r"\boxed{C) a long \frac{1}{2} option, with A}", "C"),
         (r"\boxed{\text{C: A planet}}", "C"),
         (r"\boxed{Option C}", "C"),
@@ -385,6 +386,7 @@ def test_a_question_is_asked_as_training_asks_it():
         (r"\boxed{A, B}", None),
         (r"\boxed{A, or B} The answer is A.", None),
         (r"\boxed{A/B}", None),
+        (r"\boxed{\textbf{(A)}\ 5 \text{ or } \textbf{(B)}\ 6}", None),
         ("The answer is (A) or (B).", None),
         ("The answer is A, or else B? The answer is A and B are right", None),
         ("The answer is A. No, the answer is B.", None),
@@ -965,11 +967,13 @@ class Handler(BaseHTTPRequestHandler):
         data = json.dumps(body).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
+        self.send_header("Retry-After", "0.01")  # heeded where the status is one to ask again after
         self.end_headers()
         self.wfile.write(data)
 
     def do_GET(self):
         assert self.path == "/v1/models"
+        self.server.headers.append(dict(self.headers))
         if self.server.redirect:
             self.send_response(308)
             self.send_header("Location", self.server.redirect)
@@ -984,6 +988,7 @@ class Handler(BaseHTTPRequestHandler):
         assert self.path == "/v1/completions"
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
+            self.server.headers.append(dict(self.headers))
             self.server.bodies.append(body)
             number = len(self.server.bodies)
             if number in self.server.failing:
@@ -999,6 +1004,7 @@ class Handler(BaseHTTPRequestHandler):
 def server(speaker):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.name, server.bodies, server.failing, server.lock = speaker, [], {}, threading.Lock()
+    server.headers = []
     server.root, server.redirect, server.locked = speaker, None, False
     server.model = AutoModelForCausalLM.from_pretrained(speaker).eval()
     server.tokenizer = AutoTokenizer.from_pretrained(speaker)
@@ -1036,10 +1042,11 @@ def test_a_server_gives_what_transformers_gives(tmp_path, server):
 @pytest.mark.parametrize(("status", "error"), [(400, ValueError), (500, RuntimeError)])
 def test_a_server_that_refuses(tmp_path, server, status, error):
     write_questions(tmp_path / "data.parquet")
-    server.failing = {3: status}
+    server.failing = dict.fromkeys(range(3, 9), status)  # a 500 is asked five times again
     options = {"num_samples": 1, "num_concurrent": 1}
     with pytest.raises(error, match=f'answers {status}: {{"error": "busy"}}'):
         evaluate(make_server_args(tmp_path, server, **options))
+    assert [body["seed"] for body in server.bodies].count(server.bodies[2]["seed"]) == {400: 1, 500: 6}[status]
     assert len(read_rows(tmp_path / "out")) == 2  # nothing of what came before is lost
     asked = len(server.bodies)
     server.failing = {}
@@ -1103,6 +1110,27 @@ def test_a_server_that_redirects_or_repeats_the_password(tmp_path, server):
     server.locked = True
     evaluate(make_server_args(tmp_path, server, base_url=url))
     assert not any(b"pa55" in path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
+
+
+def test_what_a_server_learns(tmp_path, server, monkeypatch):
+    """A login of this server from `~/.netrc`, and nothing of what the client finds in the environment."""
+    write_questions(tmp_path / "data.parquet", [row("math", "2+2=", "4")])
+    secrets = {"OPENAI_API_KEY": "sk-mine", "OPENAI_ORG_ID": "org-mine", "OPENAI_CUSTOM_HEADERS": "X-Mine: x-mine"}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    options = {"num_samples": 1}
+    evaluate(make_server_args(tmp_path, server, **options))
+    assert [headers.get("Authorization") for headers in server.headers] == [None] * 2
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password pa55word-of-mine\n")
+    evaluate(make_server_args(tmp_path, server, **options, output_dir=str(tmp_path / "other")))
+    logins = [headers.get("Authorization") for headers in server.headers[2:]]
+    assert logins == ["Basic bWU6cGE1NXdvcmQtb2YtbWluZQ=="] * 2
+    assert "mine" not in str([{**headers, "Authorization": ""} for headers in server.headers])
+    server.locked = "echo"
+    with pytest.raises(ValueError, match="answers 403") as error:
+        evaluate(make_server_args(tmp_path, server, **options, output_dir=str(tmp_path / "third")))
+    assert "Basic [key]" in str(error.value)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")

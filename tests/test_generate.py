@@ -12,7 +12,8 @@ import time
 import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import httpx
+import httpx2
+import openai
 import pytest
 from datasets import Dataset, load_dataset
 
@@ -190,6 +191,19 @@ def test_the_key_comes_from_the_environment(tmp_path, monkeypatch):
     assert not any("secret" in path.read_text() for path in tmp_path.rglob("*.json*"))
 
 
+def test_the_environment_of_the_client_goes_nowhere(tmp_path, monkeypatch):
+    secrets = {"OPENAI_API_KEY": "sk-mine", "OPENAI_ADMIN_KEY": "sk-mine", "OPENAI_PROJECT_ID": "proj-mine"}
+    secrets |= {"OPENAI_ORG_ID": "org-mine", "OPENAI_CUSTOM_HEADERS": "Authorization: Bearer mine\nX-Key: mine"}
+    for name, value in {**secrets, "TEACHER_KEY": "secret"}.items():
+        monkeypatch.setenv(name, value)
+    with Endpoint() as endpoint:
+        run(tmp_path, endpoint, num_rows=1)
+        assert "Authorization" not in endpoint.headers[0]
+        run(tmp_path, endpoint, num_rows=1, temperature=0.1, api_key_env="TEACHER_KEY", overwrite_output_dir=True)
+        assert endpoint.headers[1]["Authorization"] == "Bearer secret"
+    assert "mine" not in str(endpoint.headers)
+
+
 def test_failures_for_the_time_being(tmp_path):
     failures = {0: (500, {}), 1: "drop", 2: (429, {})}
     with Endpoint(lambda number, payload: failures.get(number)) as endpoint:
@@ -205,7 +219,7 @@ def test_failures_for_the_time_being(tmp_path):
     }
     waits = [b - a for a, b in zip(endpoint.times, endpoint.times[1:], strict=False)]
     for attempt in range(3):
-        assert 0.5 * 2**attempt <= waits[attempt] < 2**attempt + 0.5
+        assert 0.375 * 2**attempt <= waits[attempt] < 0.5 * 2**attempt + 0.5
     assert waits[3] < 0.5  # the next request starts at once
 
 
@@ -230,15 +244,54 @@ def test_retry_after_holds_for_all(tmp_path):
     ("header", "seconds"), [("inf", 3600), ("99999999", 3600), ("nan", 0), ("-1", 0), ("soon", None), ("1.5", 1.5)]
 )
 def test_how_long_to_wait(header, seconds):
-    assert generate.retry_after(httpx.Response(429, headers={"Retry-After": header})) == seconds
+    assert generate.retry_after(httpx2.Response(429, headers={"Retry-After": header})) == seconds
 
 
 @pytest.mark.parametrize(
     "body", ["[" * 100_000, '{"choices": [{"message": {"content": 5}}]}', '{"choices": [{"message": 5}]}']
 )
 def test_what_is_no_chat_completion(body):
-    with pytest.raises(httpx.DecodingError, match="not a chat completion"):
-        generate.read_answer(httpx.Response(200, text=body))
+    request = httpx2.Request("POST", "http://x")
+    with pytest.raises(openai.APIResponseValidationError, match="not a chat completion"):
+        generate.read_answer(httpx2.Response(200, text=body, request=request))
+
+
+@pytest.mark.parametrize("header", ["inf", "-inf", "nan", "-1", "soon", "9" * 400, "Wed, 21 Oct 9999 07:28:00 GMT"])
+def test_a_wait_without_sense_costs_no_request(tmp_path, monkeypatch, header):
+    """None of it ends a run or a request; of an hour, which it waits at most, half a second is left here."""
+    monkeypatch.setattr(generate, "_MAX_WAIT", 0.5)
+    with Endpoint(lambda number, payload: (429, {"Retry-After": header}) if number == 0 else None) as endpoint:
+        _, report = run(tmp_path, endpoint, num_rows=1)
+    assert report["requests"] == {"in the journal": 0, "sent": 2, "repeated after 429": 1, "answered": 1}
+    assert 0.375 <= endpoint.times[1] - endpoint.times[0] < 5
+
+
+NESTED = b"[" * 100_000
+
+
+def test_hostile_answers(tmp_path, capsys):
+    """What cannot be read costs its request, and no other; the next run asks for it again."""
+    bodies = [(200, {}, NESTED), (200, {}, b"\xff\xfe{"), (400, {}, NESTED), (500, {}, NESTED)]
+
+    def script(number, payload):
+        row = int(re.search(r"(\d+) \+", payload["messages"][0]["content"])[1])
+        return bodies[row - 1] if row else None
+
+    with Endpoint(script) as endpoint:
+        data, report = run(tmp_path, endpoint, num_rows=5, concurrency=1, max_retries=0)
+    assert data["answer"] == ["1"]
+    assert report["requests"] == {
+        "in the journal": 0,
+        "sent": 5,
+        "answered": 1,
+        "given up after APIResponseValidationError": 2,
+        "refused with 400": 1,
+        "given up after 500": 1,
+    }
+    assert "4 requests got no answer" in capsys.readouterr().out
+    with Endpoint() as endpoint:
+        assert len(run(tmp_path, endpoint, num_rows=5, overwrite_output_dir=True)[0]["answer"]) == 5
+    assert len(endpoint.payloads) == 4
 
 
 def test_requests_under_way_are_limited(tmp_path):
@@ -484,7 +537,7 @@ def test_killed_and_started_again(tmp_path):
     }
     assert data["answer"] == [str(i + 1) for i in range(30)]
     assert data["demonstrations"][29] == ["<think>\n29, 1.\n</think>\n\n\\boxed{30}"]
-    assert len(journal.read_text().splitlines()) == 30
+    assert len(Journal(str(journal))) == len(journal.read_text().splitlines()) == 30  # the cut line is gone
 
 
 def test_other_settings_are_other_requests(tmp_path):

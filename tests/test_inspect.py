@@ -137,10 +137,10 @@ def test_plain_when_piped_and_coloured_on_a_terminal():
     for is_terminal in (False, True):
         file = io.StringIO()
         console = Console(file=file, force_terminal=is_terminal, highlight=False, soft_wrap=True, width=40)
-        report = inspect_data.Report(console, max_listed=1, max_tokens_shown=4)
-        report.part("trace", "x" * 500 + "\x1b[31m")
-        report.listing(["one", "two"])
-        report.ids(tiny.make_tokenizer(), "end", tiny.make_tokenizer()("abcdef")["input_ids"])
+        printer = inspect_data.Printer(console, max_listed=1, max_tokens_shown=4)
+        printer.part("trace", "x" * 500 + "\x1b[31m")
+        printer.listing(["one", "two"])
+        printer.ids(tiny.make_tokenizer(), "end", tiny.make_tokenizer()("abcdef")["input_ids"])
         text = file.getvalue()
         assert ("\x1b[32m" in text) == is_terminal  # green
         assert "\x1b[31m" not in text and r"\x1b[31m" in text  # a data set writes nothing to the terminal

@@ -131,6 +131,89 @@ def test_everyday_answers(answer, gold, reward):
     assert math_verify_reward([rf"\boxed{{{answer}}}"], answer=[gold]) == [reward]
 
 
+@pytest.mark.parametrize(
+    ("answer", "gold", "reward"),
+    [
+        # a quantity in several units, of which math-verify reads the first number
+        (r"2\text{ h }30\text{ min}", "2", 0.0),
+        (r"2 \mathrm{~h} 30 \mathrm{~min}", "2", 0.0),
+        (r"2\text{ h and }30\text{ min}", "2", 0.0),
+        (r"2\text{ h} + 30\text{ min}", "2", 0.0),
+        (r"5\text{ ft }6\text{ in}", "5", 0.0),
+        (r"2\text{ cups }3\text{ spoons}", "2", 0.0),
+        ("2 h 30 min", "2", 0.0),
+        ("2", r"2\text{ h }30\text{ min}", 0.0),
+        (r"2\text{ h }31\text{ min}", r"2\text{ h }30\text{ min}", 0.0),
+        (r"30\text{ h }2\text{ min}", r"2\text{ h }30\text{ min}", 0.0),
+        ("2 hours and 30 minutes", r"2\text{ h }30\text{ min}", 1.0),
+        ("2 h 30 min", "2 h 30 min", 1.0),
+        # decimals count as they are written
+        ("0.30000001", "0.3", 0.0),
+        (r"0.30000001\text{ cm}", r"0.3\text{ cm}", 0.0),
+        ("1,000.50000001", "1,000.5", 0.0),
+        ("(0.30000001, 1)", "(0.3, 1)", 0.0),
+        (r"\{0.3, 0.70000001\}", r"\{0.3, 0.7\}", 0.0),
+        ("x = 0.30000001", "0.3", 0.0),
+        ("x = 0.5", r"x = \frac{1}{2}", 1.0),
+        ("y = 0.25 + 0.25 = 0.5", "0.5", 1.0),
+        ("[0.5, 1]", r"\frac{1}{2} \le x \le 1", 1.0),
+        (r"\frac{30000001}{100000000}", "0.3", 0.0),
+        ("0.333333", r"\frac{1}{3}", 0.0),
+        ("1.414214", r"\sqrt{2}", 0.0),
+        (r"30.000001\%", "0.3", 0.0),
+        ("0.00000002", "0.00000001", 0.0),
+        (r"9.1 \times 10^{-19}", r"1.6 \times 10^{-19}", 0.0),
+        ("10^{-21}", "10^{-20}", 0.0),
+        (r"\text{0.3}", "0.3", 1.0),
+        (r"\text{0.0}", "0.0", 1.0),
+        (r"\mathbf{1,000}", "1000", 1.0),
+        ("0.300", "0.3", 1.0),
+        (r"\frac{3}{10}", "0.3", 1.0),
+        ("0.1 + 0.2", "0.3", 1.0),
+        (r"1.1 \cdot 1.1", "1.21", 1.0),
+        (r"\sqrt{0.09}", "0.3", 1.0),
+        (r"30\%", "0.3", 1.0),
+        (r"1.60 \times 10^{-19}", r"1.6 \times 10^{-19}", 1.0),
+        ("0.0000015", r"1.5 \times 10^{-6}", 1.0),
+        # decimals without an end
+        (r"0.\overline{3}", r"\frac{1}{3}", 1.0),
+        (r"\frac{1}{3}", r"0.\overline{3}", 1.0),
+        (r"0.\bar{3}", "1/3", 1.0),
+        (r"0.\dot3", "1/3", 1.0),
+        (r"-1.1\overline{6}", r"-\frac{7}{6}", 1.0),
+        (r".\overline{142857}", r"\frac{1}{7}", 1.0),
+        (r"0.\overline{9}", "1", 1.0),
+        (r"0.\overline{4}", r"\frac{1}{3}", 0.0),
+        # intervals as inequalities
+        ("x > 1", r"(1, \infty)", 1.0),
+        ("1 < x", r"(1, \infty)", 1.0),
+        (r"x \ge 1", r"[1, \infty)", 1.0),
+        ("0 < x < 1", "(0, 1)", 1.0),
+        (r"(1, \infty)", "x > 1", 1.0),
+        (r"x \ge 1", r"(1, \infty)", 0.0),
+        ("x > 2", r"(1, \infty)", 0.0),
+        ("x > 0", "(0, 1)", 0.0),
+        # an option with its text
+        (r"\textbf{(C)}\ 5", "C", 1.0),
+        (r"\textbf{(C) }5", r"\text{(C)}", 1.0),
+        ("C) 5", "(C)", 1.0),
+        (r"\mathrm{C}. \frac{1}{2}", "C", 1.0),
+        (r"\textbf{(D)}\ 5", "C", 0.0),
+        ("(C) 5 or (D) 6", "C", 0.0),
+        ("(C) 5, (D) 6", "C", 0.0),
+        ("C or D", "C", 0.0),
+        ("C = 5", "C", 0.0),
+        ("5", "C", 0.0),
+    ],
+)
+def test_what_math_verify_reads_by_halves(answer, gold, reward):
+    assert math_verify_reward([rf"\boxed{{{answer}}}"], answer=[gold]) == [reward]
+
+
+def test_a_letter_that_begins_a_text_is_no_answer():
+    assert math_verify_reward(["C) is wrong, I think.", "C. It is D."], answer=["C"] * 2) == [0.0, 0.0]
+
+
 def test_a_repeated_answer_does_not_pass_as_a_list():
     assert (
         math_verify_reward([r"\boxed{7}\boxed{7,7}", r"\boxed{12 cm}\boxed{12 m}"], answer=["7", "12 cm"]) == [0.0] * 2
@@ -219,6 +302,8 @@ def test_which_box_counts(completion, gold, reward):
         "10^{10^{10}}",
         "1000000000!",
         "7" * 100_000,
+        "2 h " * 20_000,
+        " " * 50_000 + "2",
         "+".join(["1"] * 50_000),
         "{" * 10_000 + "6" + "}" * 10_000,
         r"\begin{pmatrix}" + r"\\".join(["1" + "&2" * 99] * 100) + r"\end{pmatrix}",

@@ -15,33 +15,33 @@ import asyncio
 import hashlib
 import json
 import os
-import random
 import re
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
-from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
+from ..endpoints import Endpoint
 from ..errors import in_one_line
-from ..redaction import Redactor, credentials_of, without_credentials
+from ..journal import Journal
+from ..redaction import without_credentials
 from .openr1 import Checker, OpenR1Arguments, Report, locked, stream, to_row, write_training_data
 
 
 try:
-    import httpx
+    import openai
 except ImportError as error:
-    raise ImportError("To ask a teacher for traces, httpx is needed: `pip install luffy-trl[data]`.") from error
+    raise ImportError("To ask a teacher for traces, openai is needed: `pip install luffy-trl[data]`.") from error
 
 
 _MAX_WAIT = 3600.0  # seconds: an endpoint that asks for more is asked again
-_RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 529}
-_LONGEST_WAIT = 60.0  # seconds; where the endpoint does not say
+_failure: ContextVar[str | None] = ContextVar("failure", default=None)  # of the request that this task repeats
 
 
 @dataclass(kw_only=True)
@@ -77,8 +77,9 @@ class GenerateArguments(OpenR1Arguments):
         timeout (`float`, *optional*, defaults to `1800.0`):
             Seconds to wait for an answer.
         max_retries (`int`, *optional*, defaults to `8`):
-            How often to repeat a request that fails for the time being: no connection, no answer, 429 or 5xx. Waits
-            double from one second to a minute, or are what the endpoint asks for (`Retry-After`).
+            How often to repeat a request that fails for the time being: no connection, no answer, 408, 409, 429 or
+            5xx. Waits double from half a second to eight, or are what the endpoint asks for (`Retry-After`, an hour at
+            most).
         journal_file (`str`, *optional*):
             Where answers are kept. Defaults to the output folder's name and `.journal.jsonl`.
     """
@@ -135,50 +136,6 @@ class GenerateArguments(OpenR1Arguments):
         return os.environ[self.api_key_env] if self.api_key_env else ""
 
 
-class Journal:
-    """
-    Answers by request, in a file to which lines are only ever added. Memory holds where each line begins.
-
-    A last line that was cut when its writer was killed is taken off.
-
-    Args:
-        path (`str`):
-            The file. It is made if it is not there.
-
-    Raises:
-        ValueError: If another line cannot be read.
-    """
-
-    def __init__(self, path: str):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "a+b")
-        self._offsets: dict[str, int] = {}
-        self._file.seek(0)
-        end = 0
-        for number, line in enumerate(self._file, start=1):
-            if not line.endswith(b"\n"):
-                break  # cut
-            try:
-                self._offsets[json.loads(line)["key"]] = end
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f"Line {number} of the journal {path!r} cannot be read. Remove the line.") from None
-            end += len(line)
-        self._file.truncate(end)
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._offsets
-
-    def __getitem__(self, key: str) -> dict[str, Any]:
-        self._file.seek(self._offsets[key])
-        return json.loads(self._file.readline())
-
-    def add(self, record: dict[str, Any]):
-        """Adds an answer; `record["key"]` says to which request."""
-        self._offsets[record["key"]] = self._file.seek(0, os.SEEK_END)
-        self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()  # to the operating system: a kill cannot take it back
-
-
 class Pace:
     """
     When a request may start: so many a minute, and none before the endpoint wants to hear from us again.
@@ -207,6 +164,32 @@ class Refused(RuntimeError):
     """The endpoint will not answer this request, however often it is repeated."""
 
 
+class _PacedClient(openai.DefaultAsyncHttpxClient):
+    """Starts each request, also one that the client repeats, when it may start, and counts it."""
+
+    def __init__(self, pace: Pace, counts: Counter, **kwargs):
+        super().__init__(**kwargs)
+        self._pace, self._counts = pace, counts
+
+    async def send(self, request, **kwargs):
+        """Sends a request, in its turn."""
+        await self._pace.wait()
+        self._counts["sent"] += 1
+        if failure := _failure.get():
+            self._counts[f"repeated after {failure}"] += 1
+        try:
+            response = await super().send(request, **kwargs)
+        except Exception as error:
+            _failure.set(type(error).__name__)
+            raise
+        if response.is_error:
+            _failure.set(str(response.status_code))
+            if (seconds := retry_after(response)) is not None:
+                self._pace.hold(seconds)  # what is too much from one request is too much from all
+                del response.headers["retry-after"]  # of more than two minutes the client would give up
+        return response
+
+
 class Teacher:
     """
     Asks the endpoint.
@@ -214,16 +197,16 @@ class Teacher:
     Args:
         args ([`GenerateArguments`]):
             Where and how to ask.
-        client ([`httpx.AsyncClient`]):
-            Connection to the endpoint.
     """
 
-    def __init__(self, args: GenerateArguments, client: httpx.AsyncClient):
+    def __init__(self, args: GenerateArguments):
         self.args = args
-        self.client = client
-        self.hide = Redactor(args.api_key, *credentials_of(args.base_url))
-        self.pace = Pace(args.requests_per_minute)
         self.counts: Counter[str] = Counter()
+        self.endpoint = Endpoint(args.base_url, args.api_key)
+        http_client = _PacedClient(Pace(args.requests_per_minute), self.counts, **self.endpoint.http_options)
+        self.client = openai.AsyncOpenAI(
+            **self.endpoint.client_options(args.timeout, args.max_retries), http_client=http_client
+        )
 
     async def ask(self, messages: list[dict[str, str]]) -> dict[str, Any]:
         """
@@ -238,58 +221,49 @@ class Teacher:
 
         Raises:
             Refused: If the endpoint refuses the request.
-            httpx.HTTPError: If it still fails when it has been repeated `max_retries` times.
+            openai.APIError: If it still fails when it has been repeated `max_retries` times, or is answered by
+                something else than a chat completion.
         """
-        payload = {name: getattr(self.args, name) for name in ("model", "temperature", "top_p", "max_tokens")}
-        payload["messages"] = messages
-        for attempt in range(self.args.max_retries + 1):
-            await self.pace.wait()
-            self.counts["sent"] += 1
-            seconds = min(2.0**attempt, _LONGEST_WAIT) * random.uniform(0.5, 1.0)
-            try:
-                response = await self.client.post("chat/completions", json=payload)
-                if response.status_code in _RETRIED:
-                    asked_for = retry_after(response)
-                    if asked_for is not None:
-                        seconds = asked_for
-                        self.pace.hold(asked_for)  # what is too much from one request is too much from all
-                elif not response.is_success:
-                    status = f"{response.status_code} {response.reason_phrase}"
-                    raise Refused(self.hide(f"{status}: {_redirection(response) or response.text}")[:500])
-                response.raise_for_status()
-                answer = read_answer(response)
-                hidden = self.hide.answer(answer)
-                if hidden != answer:
-                    self.counts["with the key in the answer, taken out"] += 1
-                return hidden
-            except httpx.HTTPError as error:
-                if attempt == self.args.max_retries:
-                    raise
-                self.counts[f"repeated after {_name(error)}"] += 1
-            await asyncio.sleep(seconds)
+        payload: dict[str, Any] = {
+            name: getattr(self.args, name) for name in ("model", "temperature", "top_p", "max_tokens")
+        }
+        _failure.set(None)
+        try:
+            answered = await self.client.chat.completions.with_raw_response.create(messages=messages, **payload)
+        except openai.APIStatusError as error:
+            if error.status_code in (408, 409, 429) or error.status_code >= 500:
+                raise
+            response = error.response
+            status = f"{response.status_code} {response.reason_phrase}"
+            reason = self.endpoint.hide(f"{status}: {self._redirection(response) or response.text}")
+            raise Refused(reason[:500]) from None
+        answer = read_answer(answered.http_response)
+        hidden = self.endpoint.hide.answer(answer)
+        if hidden != answer:
+            self.counts["with the key in the answer, taken out"] += 1
+        return hidden
+
+    def _redirection(self, response) -> str:
+        """What to do about a redirect, which is not followed: a key would go with it."""
+        target = self.endpoint.redirection(response)
+        if target == "":
+            return "it redirects to what is no address"
+        advice = f"If you trust it, set `base_url` to {(target or '').removesuffix('/chat/completions')}"
+        return f"it redirects to {target}. {advice}" if target else ""
 
 
-def _redirection(response: httpx.Response) -> str:
-    """What to do about a redirect, which a POST does not follow: a key would go with it."""
-    if not response.has_redirect_location:
-        return ""
-    try:
-        target = without_credentials(str(response.url.join(response.headers["location"])))
-    except (httpx.InvalidURL, ValueError):
-        return "it redirects to what is no address"
-    return f"it redirects to {target}. If you trust it, set `base_url` to {target.removesuffix('/chat/completions')}"
+def _name(error: openai.APIError) -> str:
+    if isinstance(error, openai.APIStatusError):
+        return str(error.status_code)
+    return type(error.__cause__ if isinstance(error, openai.APIConnectionError) else error).__name__
 
 
-def _name(error: httpx.HTTPError) -> str:
-    return str(error.response.status_code) if isinstance(error, httpx.HTTPStatusError) else type(error).__name__
-
-
-def retry_after(response: httpx.Response) -> float | None:
+def retry_after(response) -> float | None:
     """
     How long the endpoint asks us to wait.
 
     Args:
-        response ([`httpx.Response`]):
+        response (`httpx.Response`):
             A response, perhaps with the header `Retry-After`: seconds, or a date.
 
     Returns:
@@ -306,19 +280,19 @@ def retry_after(response: httpx.Response) -> float | None:
     return min(max(0.0, seconds), _MAX_WAIT)
 
 
-def read_answer(response: httpx.Response) -> dict[str, Any]:
+def read_answer(response) -> dict[str, Any]:
     """
     Reads the trace from a response, with the reasoning that some servers return beside the answer.
 
     Args:
-        response ([`httpx.Response`]):
+        response (`httpx.Response`):
             A chat completion.
 
     Returns:
         `dict[str, Any]`: `trace`, `finish_reason` and `usage`.
 
     Raises:
-        httpx.DecodingError: If it is no chat completion.
+        openai.APIResponseValidationError: If it is no chat completion.
     """
     try:
         body = response.json()
@@ -332,7 +306,8 @@ def read_answer(response: httpx.Response) -> dict[str, Any]:
             trace = f"<think>\n{trace.lstrip()}"
         return {"trace": trace, "finish_reason": choice.get("finish_reason"), "usage": body.get("usage")}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise httpx.DecodingError(f"not a chat completion: {response.text[:200]!r}") from error
+        message = f"not a chat completion: {response.text[:200]!r}"
+        raise openai.APIResponseValidationError(response, None, message=message) from error
 
 
 def _text(content: str | list[dict[str, Any]] | None) -> str:
@@ -406,7 +381,7 @@ async def ask_all(args: GenerateArguments, checker: Checker, journal: Journal) -
             What to ask, and how.
         checker ([`~luffy_trl.data.openr1.Checker`]):
             Says for which rows.
-        journal ([`Journal`]):
+        journal ([`~luffy_trl.journal.Journal`]):
             Gets the answers.
 
     Returns:
@@ -417,13 +392,6 @@ async def ask_all(args: GenerateArguments, checker: Checker, journal: Journal) -
         ValueError: If a row of the dataset cannot be read; before anything is asked.
     """
     keys = {key: key in journal for key, _ in _requests(args, checker)}
-    headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
-    client = httpx.AsyncClient(
-        base_url=args.base_url,
-        headers=headers,
-        timeout=httpx.Timeout(args.timeout, connect=30.0),
-        limits=httpx.Limits(max_connections=args.concurrency),
-    )
     progress = tqdm(total=len(keys), initial=sum(keys.values()), desc="Asking the teacher", unit=" traces")
     requests, under_way = _requests(args, checker), set()
 
@@ -438,15 +406,15 @@ async def ask_all(args: GenerateArguments, checker: Checker, journal: Journal) -
                 if not teacher.counts["answered"] or str(error)[:3] in ("401", "403", "404") or str(error)[0] == "3":
                     raise
                 teacher.counts[f"refused with {str(error)[:3]}"] += 1
-            except httpx.HTTPError as error:
+            except openai.APIError as error:
                 teacher.counts[f"given up after {_name(error)}"] += 1
             else:
                 journal.add({"key": key, **answer})
                 teacher.counts["answered"] += 1
             progress.update()
 
-    async with client:
-        teacher = Teacher(args, client)
+    teacher = Teacher(args)
+    async with teacher.client:
         teacher.counts["in the journal"] = sum(keys.values())
         with progress:
             async with asyncio.TaskGroup() as group:

@@ -325,20 +325,8 @@ class Contamination:
         return found
 
 
-def load_questions(files: Iterable[str]) -> Iterator[str]:
-    """
-    Reads the questions of benchmarks.
-
-    Args:
-        files (`Iterable[str]`):
-            Files or datasets with `prompt` (chat messages or text), `problem` or `question`.
-
-    Yields:
-        `str`: A question.
-
-    Raises:
-        ValueError: If there is no such file, or a row has no question.
-    """
+def _evaluation_questions(files: Iterable[str]) -> Iterator[str]:
+    """The question of each row of `evaluation_files`, which need no answers; a row without one is a `ValueError`."""
     for name in files:
         for number, row in enumerate(stream(name)):
             question = question_of(row.get("prompt") or row.get("problem") or row.get("question") or "")
@@ -367,7 +355,7 @@ class Checker:
 
     def __init__(self, args: OpenR1Arguments):
         self.args = args
-        self.contamination = Contamination(load_questions(args.evaluation_files or []), args.ngram_size)
+        self.contamination = Contamination(_evaluation_questions(args.evaluation_files or []), args.ngram_size)
         self.tokenizer = self._tokenize = None
         if args.model_name_or_path is not None:
             with loading_model(args.model_name_or_path):

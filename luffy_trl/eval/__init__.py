@@ -3,8 +3,8 @@
 """Evaluation on the paper's benchmarks; `python -m luffy_trl.eval --help` is its command line."""
 
 from ..chat_templates import SYSTEM_PROMPT
-from .benchmarks import BENCHMARKS, Benchmark, Question, load_questions
-from .grading import extract_choice, grade
+from ..grading import extract_choice
+from .benchmarks import BENCHMARKS, Benchmark, Question, grade, load_questions
 from .report import bootstrap_means, pass_at_k, summarize, to_markdown
 from .runner import EvaluationArguments, evaluate
 from .templates import TEMPLATES, render_prompt

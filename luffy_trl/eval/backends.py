@@ -3,7 +3,7 @@
 """What generates: transformers or vLLM in this process, or a server."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ from transformers import (
 )
 from trl.trainer.utils import pad
 
-from ..redaction import Redactor, basic_auth, credentials_of, without_credentials
+from ..endpoints import Endpoint
 
 
 @dataclass(frozen=True)
@@ -282,24 +282,21 @@ class ServerBackend:
         num_concurrent: int = 64,
         num_retries: int = 5,
     ):
-        import requests
-        from requests.adapters import HTTPAdapter
-        from urllib3.util import Retry
-
-        self.model, self.sampling, self.num_concurrent = model_name_or_path, sampling, num_concurrent
-        self.url = base_url.rstrip("/").removesuffix("/v1") + "/v1"
-        self.name = without_credentials(self.url)
-        netrc = requests.utils.get_netrc_auth(self.url) or ("", "")
-        self.hide = Redactor(*credentials_of(self.url), *basic_auth(*netrc))
-        # A sample has a seed, so that asking again does no harm.
-        retry = Retry(num_retries, backoff_factor=0.5, status_forcelist=(429, 502, 503, 504), allowed_methods=None)
-        self.session = requests.Session()
-        for scheme in ("http://", "https://"):
-            self.session.mount(scheme, HTTPAdapter(max_retries=retry, pool_maxsize=num_concurrent))
         try:
-            served = self._call("GET", "models")["data"]
-        except requests.RequestException as error:
-            raise ValueError(f"`base_url`: no server answers at {self.name} ({self.hide(error)}).") from None
+            import openai
+        except ImportError as error:
+            raise ImportError("`base_url` needs openai: `pip install luffy-trl[eval]`.") from error
+        self.model, self.sampling, self.num_concurrent = model_name_or_path, sampling, num_concurrent
+        self.endpoint = Endpoint(base_url.rstrip("/").removesuffix("/v1") + "/v1", use_netrc=True)
+        self.name = self.endpoint.address
+        # A sample has a seed, so that asking again does no harm.
+        options = self.endpoint.client_options(timeout=3600.0, max_retries=num_retries)
+        http_client = openai.DefaultHttpxClient(**self.endpoint.http_options)
+        self.client = openai.OpenAI(**options, http_client=http_client)
+        try:
+            served = self._call(self.client.models.with_raw_response.list)["data"]
+        except ConnectionError as error:
+            raise ValueError(f"`base_url`: {error}") from None
         named = {entry["id"]: entry for entry in served}
         if self.model not in named:
             raise ValueError(
@@ -308,33 +305,40 @@ class ServerBackend:
         self.max_length = named[self.model].get("max_model_len")
         self.served_from = named[self.model].get("root")  # where vLLM has the weights from
 
-    def _call(self, method: str, path: str, **kwargs) -> dict:
-        url = f"{self.url}/{path}"
-        response = self.session.request(method, url, timeout=(10, 3600), allow_redirects=False, **kwargs)
-        if response.is_redirect:
-            target = self.hide(without_credentials(response.headers["location"]))
+    def _call(self, method: Callable, **kwargs) -> dict:
+        import openai
+
+        try:
+            return self.endpoint.hide.answer(method(**kwargs).http_response.json())
+        except openai.APIConnectionError as error:
+            reason = self.endpoint.hide(repr(error.__cause__ or error))
+            raise ConnectionError(f"no server answers at {self.name} ({reason}).") from None
+        except openai.APIStatusError as error:
+            response = error.response
+        if target := self.endpoint.redirection(response):
             raise ValueError(f"The server at {self.name} redirects to {target}. Set `base_url` to where it is.")
-        if not response.ok:
-            error = ValueError if response.status_code < 500 else RuntimeError  # of the request, of the server
-            text = self.hide(response.text)[:1000]
-            raise error(f"The server at {self.name} answers {response.status_code}: {text}")
-        return self.hide.answer(response.json())
+        kind = ValueError if response.status_code < 500 else RuntimeError  # of the request, of the server
+        text = self.endpoint.hide(response.text)[:1000]
+        raise kind(f"The server at {self.name} answers {response.status_code}: {text}")
 
     def _complete(self, request: Request) -> Completion:
         # Spelled out what a server would else take from the model's generation config.
-        body = {
-            "model": self.model,
-            "prompt": request.prompt_ids,
-            "max_tokens": request.max_tokens,
-            "temperature": self.sampling.temperature,
-            "top_p": self.sampling.top_p,
+        beyond_openai = {
             "top_k": -1,
             "min_p": 0.0,
             "repetition_penalty": 1.0,
-            "seed": request.seed,
             "stop_token_ids": list(self.sampling.eos_token_ids),
         }
-        answer = self._call("POST", "completions", json=body)
+        answer = self._call(
+            self.client.completions.with_raw_response.create,
+            model=self.model,
+            prompt=request.prompt_ids,
+            max_tokens=request.max_tokens,
+            temperature=self.sampling.temperature,
+            top_p=self.sampling.top_p,
+            seed=request.seed,
+            extra_body=beyond_openai,
+        )
         choice = answer["choices"][0]
         return Completion(choice["text"], answer["usage"]["completion_tokens"], choice["finish_reason"])
 

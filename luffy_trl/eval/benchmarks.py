@@ -13,6 +13,8 @@ from typing import Any
 
 from ..chat_templates import SYSTEM_PROMPT
 from ..data import load_data
+from ..grading import extract_choice, final_answer
+from ..rewards import math_verify_reward
 
 
 logger = logging.getLogger(__name__)
@@ -162,6 +164,35 @@ BENCHMARKS = {
 def is_multiple_choice(benchmark: str) -> bool:
     """Whether a benchmark, which may be one of your own, is graded by letter."""
     return benchmark in BENCHMARKS and BENCHMARKS[benchmark].multiple_choice
+
+
+def grade(question: Question, texts: list[str], opened: bool = False, require_think: bool = False) -> list[bool]:
+    """
+    Grades completions of a question.
+
+    Args:
+        question ([`Question`]):
+            The question.
+        texts (`list[str]`):
+            Completions of it.
+        opened (`bool`, *optional*, defaults to `False`):
+            Whether the prompt ends with `<think>`.
+        require_think (`bool`, *optional*, defaults to `False`):
+            Whether an answer counts only behind `</think>`.
+
+    Returns:
+        `list[bool]`: Whether each is right. Where math-verify cannot read the gold answer, none is, with a warning.
+    """
+    answers = [final_answer(text, opened, require_think) for text in texts]
+    if is_multiple_choice(question.benchmark):
+        return [answer is not None and extract_choice(answer) == question.gold for answer in answers]
+    rewards = math_verify_reward([answer or "" for answer in answers], answer=[question.gold] * len(answers))
+    if None in rewards:
+        logger.warning(
+            f"Question {question.index} of {question.benchmark} counts as wrong: its gold answer {question.gold!r} "
+            "cannot be parsed."
+        )
+    return [reward == 1.0 for reward in rewards]
 
 
 def load_questions(

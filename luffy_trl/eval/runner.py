@@ -21,9 +21,9 @@ from transformers.utils import is_peft_available
 
 from ..demonstrations import find_eos_token_ids, load_generation_config
 from ..errors import loading_model
+from ..journal import Journal
 from .backends import Request, Sampling, ServerBackend, TransformersBackend, VLLMBackend, sample_seed
-from .benchmarks import BENCHMARKS, Question, load_questions
-from .grading import grade
+from .benchmarks import BENCHMARKS, Question, grade, load_questions
 from .identity import IDENTITY, base_of, identify
 from .report import plot_pass_at_k, plot_scores, summarize, to_markdown
 from .templates import TEMPLATES, render_question
@@ -236,12 +236,11 @@ class Store:
             What the rows depend on.
 
     Raises:
-        ValueError: If the file is of other settings, or is damaged elsewhere than in its last line.
+        ValueError: If the file is of other settings, or a line of it other than the last cannot be read.
     """
 
     def __init__(self, path: Path, settings: dict):
         self.path, self.settings = path, settings
-        self.rows: dict[int, dict] = {}
         settings_path = path.with_suffix(".settings.json")
         if settings_path.exists():
             stored = json.loads(settings_path.read_text())
@@ -259,27 +258,13 @@ class Store:
                         f"`{name}` is {settings.get(name)!r}, and {path} was generated with {stored.get(name)!r}. Go "
                         "on with the same settings, or use another `output_dir`."
                     )
-            self._read()
         elif path.exists():
             raise ValueError(f"{path} has lost its {settings_path.name}. Use another `output_dir`.")
-
-    def _read(self):
-        if not self.path.exists():
-            return
-        content = self.path.read_bytes()
-        end = content.rfind(b"\n") + 1
-        if end < len(content):  # killed while writing
-            os.truncate(self.path, end)
-        for number, line in enumerate(content[:end].splitlines(), start=1):
-            try:
-                row = json.loads(line)
-                self.rows[row["question"]] = row
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"Line {number} of {self.path} is damaged. Delete the line.") from error
+        self.rows = Journal(path, key="question")
 
     def has(self, question: Question, prompt: str) -> bool:
         """Whether a question is done. If it is, and has changed since, it is a `ValueError`."""
-        row = self.rows.get(question.index)
+        row = self.rows[question.index] if question.index in self.rows else None
         for name, value in (("prompt", prompt), ("gold", question.gold)):
             if row is not None and row[name] != value:
                 raise ValueError(
@@ -296,9 +281,7 @@ class Store:
             temporary = settings_path.with_suffix(".tmp")
             temporary.write_text(json.dumps(self.settings, indent=2) + "\n")
             temporary.replace(settings_path)
-        with self.path.open("ab", buffering=0) as file:  # in one go: another evaluation may write, too
-            file.write(json.dumps(row).encode() + b"\n")
-        self.rows[row["question"]] = row
+        self.rows.add(row)
 
 
 class _Run:

@@ -7,18 +7,12 @@ authors' evaluation script.
 
 from transformers import PreTrainedTokenizerBase
 
-from ..chat_templates import PRIME_SYSTEM_PROMPT, REASON
+from ..chat_templates import CHAT_TEMPLATES
 from .benchmarks import Question
 
 
-_QWEN = f"<|im_start|>system\n{REASON}<|im_end|>\n<|im_start|>user\n%s<|im_end|>\n<|im_start|>assistant\n"
-_SIMPLERL = (
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n%s\n"
-    f"{REASON}<|im_end|>\n<|im_start|>assistant\n"
-)
-_PRIME = PRIME_SYSTEM_PROMPT + ("User: %s\n\nPresent the answer in LaTex format: \\boxed{Your answer}. Assistant:")
-_FORMATS = {"qwen": _QWEN, "simplerl": _SIMPLERL, "prime": _PRIME, "none": "%s"}
-TEMPLATES = ("own", *_FORMATS)
+_NAMES = {"qwen": "qwen_math", "simplerl": "simplerl", "prime": "prime", "none": "question"}  # among CHAT_TEMPLATES
+TEMPLATES = ("own", *_NAMES)
 
 
 def render_question(
@@ -63,17 +57,20 @@ def render_prompt(
     Raises:
         ValueError: If there is no such template, or the tokenizer has none.
     """
+    messages = [{"role": "user", "content": content}]
     if template == "own":
         if tokenizer.chat_template is None:
             raise ValueError(
                 f"`template` is 'own', and the tokenizer of {tokenizer.name_or_path!r} has no chat template. Choose "
-                f"one of {', '.join(_FORMATS)}."
+                f"one of {', '.join(_NAMES)}."
             )
-        messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
-        messages.append({"role": "user", "content": content})
+        if system_prompt:
+            messages = [{"role": "system", "content": system_prompt}, *messages]
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return prompt, tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    if template not in _FORMATS:
+    if template not in _NAMES:
         raise ValueError(f"`template` must be one of {', '.join(TEMPLATES)}, got {template!r}.")
-    prompt = _FORMATS[template] % content
+    prompt = tokenizer.apply_chat_template(
+        messages, chat_template=CHAT_TEMPLATES[_NAMES[template]], add_generation_prompt=True, tokenize=False
+    )
     return prompt, tokenizer(prompt)["input_ids"]

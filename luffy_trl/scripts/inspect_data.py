@@ -105,7 +105,7 @@ class PlannedConfig(LuffyConfig):
         return self.num_processes
 
 
-class Report:
+class Printer:
     """
     Writes findings to a console: in colour to a terminal, and plain to a file or a pipe.
 
@@ -172,12 +172,14 @@ def statistics(values: list[int]) -> list[str]:
     return [str(len(values)), *(f"{number:.0f}" for number in numbers), str(sum(values))]
 
 
-def write_report(report: Report, findings: Findings, tokenizer, eos_token_ids, args, reward_funcs, max_prompt_length):
+def write_report(
+    printer: Printer, findings: Findings, tokenizer, eos_token_ids, args, reward_funcs, max_prompt_length
+):
     """
     Writes everything but the estimates of a step.
 
     Args:
-        report ([`Report`]):
+        printer ([`Printer`]):
             Where to.
         findings ([`Findings`]):
             What to write.
@@ -185,25 +187,25 @@ def write_report(report: Report, findings: Findings, tokenizer, eos_token_ids, a
             As of [`inspect_dataset`].
     """
     for row, prompt, prompt_ids, traces in findings.examples:
-        report.title(f"Row {row}: {len(prompt_ids)} tokens of prompt")
-        limit = report.max_tokens_shown
+        printer.title(f"Row {row}: {len(prompt_ids)} tokens of prompt")
+        limit = printer.max_tokens_shown
         if limit and len(prompt_ids) > limit:
-            report.ids(tokenizer, "prompt", prompt_ids)
+            printer.ids(tokenizer, "prompt", prompt_ids)
         else:
             for kind, text in sources_of_prompt(tokenizer, prompt, prompt_ids):
-                report.part(kind, text)
+                printer.part(kind, text)
         for name, ids in traces:
-            report.line(f"  {name}: {len(ids)} tokens", "bold")
+            printer.line(f"  {name}: {len(ids)} tokens", "bold")
             ends = ids[-1] in eos_token_ids
-            report.ids(tokenizer, "trace", ids[:-1] if ends else ids)
+            printer.ids(tokenizer, "trace", ids[:-1] if ends else ids)
             if ends:
-                report.part("end", tokenizer.decode(ids[-1:]))
+                printer.part("end", tokenizer.decode(ids[-1:]))
             else:
-                report.line("  cut: no token ends it", _STYLES["end"])
+                printer.line("  cut: no token ends it", _STYLES["end"])
 
     num_too_long = len(findings.too_long)
-    report.title("Tokens")
-    report.table(
+    printer.title("Tokens")
+    printer.table(
         ["", "count", "min", "median", "mean", "95%", "max", "sum"],
         [
             ["prompts", *statistics(findings.prompt_lengths)],
@@ -213,9 +215,9 @@ def write_report(report: Report, findings: Findings, tokenizer, eos_token_ids, a
         ],
     )
 
-    report.title("What training uses")
+    printer.title("What training uses")
     cut = args.demonstration_overflow == "truncate"
-    report.table(
+    printer.table(
         ["", "count"],
         [
             ["rows", findings.num_rows],
@@ -232,47 +234,47 @@ def write_report(report: Report, findings: Findings, tokenizer, eos_token_ids, a
             ["traces that training shows", len(findings.traces)],
         ],
     )
-    report.listing([f"row {row}: prompt of {length} tokens" for row, length in findings.long_prompts])
-    report.listing([f"row {t.row}, {t.name}: {t.length} tokens" for t in findings.too_long])
-    report.listing([f"row {t.row}, {t.name}: repeated" for t in findings.repeated])
+    printer.listing([f"row {row}: prompt of {length} tokens" for row, length in findings.long_prompts])
+    printer.listing([f"row {t.row}, {t.name}: {t.length} tokens" for t in findings.too_long])
+    printer.listing([f"row {t.row}, {t.name}: repeated" for t in findings.repeated])
     if findings.too_long:
         longest = max(trace.length for trace in findings.too_long)
-        report.line(f"  `max_completion_length={longest}` keeps all traces.", "yellow")
+        printer.line(f"  `max_completion_length={longest}` keeps all traces.", "yellow")
 
     if findings.traces:
-        _write_rewards(report, findings.traces, reward_funcs)
+        _write_rewards(printer, findings.traces, reward_funcs)
     if findings.suspicious:
-        report.title(f"Suspicious traces: {len(findings.suspicious)}")
-        report.listing(findings.suspicious, "yellow")
+        printer.title(f"Suspicious traces: {len(findings.suspicious)}")
+        printer.listing(findings.suspicious, "yellow")
     if findings.problems:
-        report.title(f"Training would stop with these problems: {len(findings.problems)}")
-        report.listing(findings.problems, "red")
+        printer.title(f"Training would stop with these problems: {len(findings.problems)}")
+        printer.listing(findings.problems, "red")
 
 
-def _write_rewards(report: Report, traces: list[Trace], reward_funcs: list[Callable | str]):
-    report.title("Rewards of the traces")
+def _write_rewards(printer: Printer, traces: list[Trace], reward_funcs: list[Callable | str]):
+    printer.title("Rewards of the traces")
     scored = [func for func in reward_funcs if not isinstance(func, str)]
     rows = []
     for number, func in enumerate(scored):
         values = [t.rewards[number] for t in traces if t.rewards[number] is not None]
         numbers = [f"{f(values):.3g}" if values else "-" for f in (min, mean, max)]
         rows.append([reward_name(func), len(values), *numbers, sum(value == 0 for value in values)])
-    report.table(["", "scored", "min", "mean", "max", "zero"], rows)
+    printer.table(["", "scored", "min", "mean", "max", "zero"], rows)
     for model in reward_funcs:
         if isinstance(model, str):
-            report.line(f"  {reward_name(model)} is a model, and not loaded.")
+            printer.line(f"  {reward_name(model)} is a model, and not loaded.")
     nothing = [t for t in traces if not t.total > 0]
     if scored and nothing:
-        report.line(f"  Without a positive reward, {len(nothing)} of {len(traces)}:", "yellow")
-        report.listing([f"row {t.row}, {t.name}: {t.reason}" for t in nothing])
+        printer.line(f"  Without a positive reward, {len(nothing)} of {len(traces)}:", "yellow")
+        printer.listing([f"row {t.row}, {t.name}: {t.reason}" for t in nothing])
 
 
-def write_estimates(report: Report, findings: Findings, args: PlannedConfig, model_args: ModelConfig):
+def write_estimates(printer: Printer, findings: Findings, args: PlannedConfig, model_args: ModelConfig):
     """
     Writes tokens and memory of a step.
 
     Args:
-        report ([`Report`]):
+        printer ([`Printer`]):
             Where to.
         findings ([`Findings`]):
             Lengths.
@@ -288,8 +290,8 @@ def write_estimates(report: Report, findings: Findings, args: PlannedConfig, mod
     shown = min(args.num_demonstrations, args.num_generations) if findings.traces else 0
     trace_length = mean(min(t.length, args.max_completion_length) for t in findings.traces) if findings.traces else 0
     prompt_length, longest = mean(findings.prompt_lengths), max(findings.prompt_lengths) + args.max_completion_length
-    report.title(f"An update, on {args.num_processes} process{'es' * (args.num_processes > 1)}")
-    report.table(
+    printer.title(f"An update, on {args.num_processes} process{'es' * (args.num_processes > 1)}")
+    printer.table(
         ["", "count"],
         [
             ["prompts of a generation", args.generation_batch_size // args.num_generations],
@@ -307,7 +309,7 @@ def write_estimates(report: Report, findings: Findings, args: PlannedConfig, mod
     tokens = args.per_device_train_batch_size * longest
     if args.max_tokens_per_microbatch is not None:
         tokens = max(args.max_tokens_per_microbatch, longest)
-    report.title(f"Memory of a process on paper, GiB, with a micro-batch of {tokens} tokens")
+    printer.title(f"Memory of a process on paper, GiB, with a micro-batch of {tokens} tokens")
     try:
         config = AutoConfig.from_pretrained(
             model_args.model_name_or_path,
@@ -318,7 +320,7 @@ def write_estimates(report: Report, findings: Findings, args: PlannedConfig, mod
             model_args.model_name_or_path, config, get_peft_config(model_args), args.trust_remote_code
         )
     except (ValueError, AttributeError) as error:  # an architecture of another kind
-        report.line(f"  No estimate for this model: {error}")
+        printer.line(f"  No estimate for this model: {error}")
         return
     memory = training_memory(
         model,
@@ -331,12 +333,12 @@ def write_estimates(report: Report, findings: Findings, args: PlannedConfig, mod
     )
     trained = "" if model.num_trainable is None else f", {model.num_trainable / 1e6:.4g}M trained"
     rows = [[f"{name}", f"{value:.4g}"] for name, value in memory.items()]
-    report.table(
+    printer.table(
         [f"{model.num_parameters / 1e6:.4g}M parameters{trained}", "GiB"],
         [*rows, ["sum", f"{sum(memory.values()):.4g}"]],
     )
     if args.use_vllm and args.vllm_mode == "colocate":
-        report.line(f"  vLLM takes {args.vllm_gpu_memory_utilization:.0%} of the GPU beside it.")
+        printer.line(f"  vLLM takes {args.vllm_gpu_memory_utilization:.0%} of the GPU beside it.")
 
 
 def make_parser(**kwargs) -> TrlParser:
@@ -391,12 +393,12 @@ def main(args: list[str] | None = None) -> int:
         num_examples=own_args.num_examples,
         console=Console(stderr=True),
     )
-    report = Report(Console(highlight=False, soft_wrap=True), own_args.max_listed, own_args.max_tokens_shown)
-    report.line(f"{script_args.dataset_name} for {model_args.model_name_or_path}", "bold")
+    printer = Printer(Console(highlight=False, soft_wrap=True), own_args.max_listed, own_args.max_tokens_shown)
+    printer.line(f"{script_args.dataset_name} for {model_args.model_name_or_path}", "bold")
     write_report(
-        report, findings, tokenizer, eos_token_ids, training_args, reward_funcs, script_args.max_prompt_length
+        printer, findings, tokenizer, eos_token_ids, training_args, reward_funcs, script_args.max_prompt_length
     )
-    write_estimates(report, findings, training_args, model_args)
+    write_estimates(printer, findings, training_args, model_args)
     return 1 if findings.problems else 0
 
 
