@@ -1,6 +1,9 @@
 # Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
 
-"""What the tests run in several processes: `accelerate launch tests/launched.py FUNCTION OUTPUT_DIR`."""
+"""
+What the tests run in several processes: `accelerate launch tests/launched.py FUNCTION OUTPUT_DIR SCENARIO`, where the
+scenario is JSON with the keyword arguments of the function.
+"""
 
 import atexit
 import itertools
@@ -187,8 +190,8 @@ class KillAt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def resumable(output_dir):
-    """Ten updates with several traces for each row; `KILL_AT` kills the run, and `RESUME` resumes it."""
+def resumable(output_dir, kind, max_steps=10, kill_at=None, resume=None):
+    """Updates with several traces for each row."""
     kinds = {
         "prefixes": {
             "prefix_ratio_min": 0.2,
@@ -203,34 +206,34 @@ def resumable(output_dir):
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
     trainer = LuffyTrainer(
         str(output_dir / "model"),
-        tiny.is_even if os.environ["RESUMED_KIND"] == "replay" else tiny.share_of_digits,
+        tiny.is_even if kind == "replay" else tiny.share_of_digits,
         tiny.make_args(
             output_dir / "out",
             per_device_train_batch_size=4 // num_processes,
             gradient_accumulation_steps=2,
             steps_per_generation=4,
-            max_steps=int(os.environ.get("MAX_STEPS", 10)),
+            max_steps=max_steps,
             save_strategy="steps",
             save_steps=5,
             adam_beta2=0.9,
-            **{"num_demonstrations": 2, **kinds[os.environ["RESUMED_KIND"]]},
+            **{"num_demonstrations": 2, **kinds[kind]},
         ),
         # Two generation batches of four rows make an epoch, so it has four updates; two rows are left over
         Dataset.from_list(tiny.addition_rows(10, lambda i: [f"A{i}{j}" for j in range(4)])),
-        callbacks=[KillAt(int(os.environ["KILL_AT"]))] if "KILL_AT" in os.environ else None,
+        callbacks=[KillAt(kill_at)] if kill_at else None,
     )
-    trainer.train(resume_from_checkpoint=True if "RESUME" in os.environ else None)
+    trainer.train(resume_from_checkpoint=resume)
 
 
-def ended(output_dir):
-    """What is left of the process group when Python ends, after training, or after an error behind it (`FAILS`)."""
+def ended(output_dir, fails=False):
+    """What is left of the process group when Python ends, after training, or after an error behind it."""
     file = output_dir / f"left_{os.environ['RANK']}"
     # Handlers are called in reverse order: this one after those of the trainer
     atexit.register(lambda: file.write_text(str(torch.distributed.is_initialized())))
     args = tiny.make_args(output_dir / "out")
     rows = Dataset.from_list(tiny.addition_rows(2))
     LuffyTrainer(str(output_dir / "model"), tiny.share_of_digits, args, rows).train()
-    if "FAILS" in os.environ:
+    if fails:
         raise RuntimeError("after training")
 
 
@@ -259,18 +262,17 @@ def streams(output_dir):
     return results
 
 
-def canned(output_dir):
+def canned(output_dir, per_device, lora=False, **options):
     """
     Three updates on two groups each, with rollouts that depend on prompt and slot alone, so that nothing is sampled.
 
-    `PER_DEVICE` says how many rows a process holds in a micro-batch, `CANNED_OPTIONS` what else is to be set.
+    `per_device` says how many rows a process holds in a micro-batch.
     """
-    options = json.loads(os.environ.get("CANNED_OPTIONS", "{}"))
-    peft_config = LoraConfig(target_modules=["q_proj", "v_proj"], r=4) if options.pop("lora", False) else None
+    peft_config = LoraConfig(target_modules=["q_proj", "v_proj"], r=4) if lora else None
     args = tiny.make_args(
         output_dir / "out",
         **{
-            "per_device_train_batch_size": int(os.environ["PER_DEVICE"]),
+            "per_device_train_batch_size": per_device,
             "gradient_accumulation_steps": 2,
             "num_demonstrations": 2,
             "max_steps": 3,
@@ -387,5 +389,5 @@ def rebatched(output_dir):
 if __name__ == "__main__":
     if "PRETEND" in os.environ:
         cpu_engines.pretend()
-    name, folder = sys.argv[1], Path(sys.argv[2])
-    torch.save(globals()[name](folder), folder / f"{name}_{os.environ.get('RANK', 0)}.pt")
+    name, folder, scenario = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+    torch.save(globals()[name](folder, **scenario), folder / f"{name}_{os.environ.get('RANK', 0)}.pt")

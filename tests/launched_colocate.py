@@ -26,6 +26,7 @@ from luffy_trl import LuffyTrainer
 
 
 FOLDER = Path(sys.argv[1])
+SCENARIO = json.loads(sys.argv[2]) if len(sys.argv) > 2 else {}
 CASES = {
     "uneven": {"num_demonstrations": 1},
     "all_demonstrations": {"num_generations": 12, "num_demonstrations": 6},  # so are the first six rows
@@ -84,7 +85,7 @@ class StandIn:
 
 
 def choose_engine():
-    if os.environ["ENGINE"] == "stand-in":
+    if SCENARIO["engine"] == "stand-in":
         boundary.is_vllm_available = luffy_trl.checks.is_vllm_available = lambda: True
         boundary.SamplingParams = SimpleNamespace
         engine = StandIn
@@ -217,8 +218,7 @@ def train(case, options):
 
 if __name__ == "__main__":
     choose_engine()
-    options = json.loads(os.environ["COLOCATE_OPTIONS"])
-    cases = {case: train(case, options) for case in json.loads(os.environ["COLOCATE_CASES"])}
+    cases = {case: train(case, SCENARIO["options"]) for case in SCENARIO["cases"]}
     torch.save(cases, FOLDER / f"colocate_{os.environ.get('RANK', 0)}.pt")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # or its threads may abort the process at its end

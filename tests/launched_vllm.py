@@ -20,6 +20,7 @@ from luffy_trl import LuffyTrainer
 
 
 FOLDER = Path(sys.argv[1])
+SCENARIO = json.loads(sys.argv[2])
 generated_tokens = 0  # of the completions that this process got from the server
 
 
@@ -55,11 +56,11 @@ class FileClient(CountingClient):
 class KillServer(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 2 and os.environ.get("RANK", "0") == "0":
-            os.killpg(int(os.environ["SERVER_GROUP"]), signal.SIGKILL)
+            os.killpg(SCENARIO["server_group"], signal.SIGKILL)
 
 
 def main():
-    options = json.loads(os.environ["SERVED_OPTIONS"])
+    options = dict(SCENARIO["options"])
     resume = options.pop("resume", None)
     args = tiny.make_args(
         FOLDER / "out",
@@ -68,7 +69,7 @@ def main():
         max_steps=4,
         use_vllm=True,
         vllm_mode="server",
-        vllm_server_base_url=os.environ["SERVER_URL"],
+        vllm_server_base_url=SCENARIO["server_url"],
         learning_rate=0.05,  # so that weights that were not pushed would show
         **options,
     )
@@ -78,7 +79,7 @@ def main():
         tiny.share_of_digits,
         args,
         Dataset.from_list(tiny.addition_rows(8, lambda i: [] if i % 3 == 2 else [f"A{i}BCDE", f"{i}{i}"])),
-        callbacks=[KillServer()] if "SERVER_GROUP" in os.environ else None,
+        callbacks=[KillServer()] if "server_group" in SCENARIO else None,
     )
     rows, ratios, generate = [], [], trainer._generate_and_score_completions
 

@@ -42,10 +42,10 @@ def launch(folder, engine, num_processes, cases=CASES, env=None, **options):
     command = [sys.executable, "-m", "accelerate.commands.launch", *(["--multi_gpu"] * (num_processes > 1))]
     command += ["--num_processes", str(num_processes), "--num_machines", "1", "--main_process_port", "0"]
     script = Path(__file__).with_name("launched_colocate.py")
-    environment = {"ENGINE": engine, "COLOCATE_CASES": json.dumps(cases), "COLOCATE_OPTIONS": json.dumps(options)}
-    environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "TORCHDYNAMO_DISABLE": "1", **(env or {})}
+    scenario = json.dumps({"engine": engine, "cases": list(cases), "options": options})
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "TORCHDYNAMO_DISABLE": "1", **(env or {})}
     result = subprocess.run(
-        [*command, str(script), str(folder)],
+        [*command, str(script), str(folder), scenario],
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

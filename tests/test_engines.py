@@ -5,7 +5,6 @@ One mixed batch on one process and on two, with DDP, FSDP2 and DeepSpeed, by the
 losses, gradient norms and weights. See `cpu_engines.py` for how FSDP2 and DeepSpeed run on a CPU.
 """
 
-import json
 from pathlib import Path
 
 import pytest
@@ -18,9 +17,11 @@ CONFIGS = Path(__file__).parent.parent / "accelerate_configs"
 ENGINES = {"multi_gpu": "ddp", "fsdp2": "fsdp", "zero2": "zero2", "zero3": "zero3"}
 
 
-def environment(config, **kwargs):
-    pretend = {"PRETEND": "1", "DS_ACCELERATOR": "cpu"} if config in ("fsdp2", "zero2", "zero3") else {}
-    return {**(pretend or {"ACCELERATE_USE_CPU": "true"}), **kwargs}
+def launch(folder, config, num_processes=2, function="canned", **scenario):
+    """A run with a file of `accelerate_configs/`."""
+    is_pretended = config in ("fsdp2", "zero2", "zero3")
+    env = {"PRETEND": "1", "DS_ACCELERATOR": "cpu"} if is_pretended else {"ACCELERATE_USE_CPU": "true"}
+    return tiny.launch(function, folder, num_processes, CONFIGS / f"{config}.yaml", env, **scenario)
 
 
 def curve(rank):
@@ -31,7 +32,7 @@ def curve(rank):
 def alone(tmp_path_factory):
     """The run on one process: what it logged, and its weights."""
     folder = tmp_path_factory.mktemp("alone")
-    (rank,) = tiny.launch("canned", folder, 1, CONFIGS / "cpu.yaml", environment("cpu", PER_DEVICE="4"))
+    (rank,) = launch(folder, "cpu", 1, per_device=4)
     return rank, load_file(folder / "saved" / "model.safetensors")
 
 
@@ -46,14 +47,14 @@ def assert_same(ranks, folder, alone, atol):
 
 
 def test_one_gpu(tmp_path, alone):
-    ranks = tiny.launch("canned", tmp_path, 1, CONFIGS / "single_gpu.yaml", environment("cpu", PER_DEVICE="4"))
+    ranks = launch(tmp_path, "single_gpu", 1, per_device=4)
     assert_same(ranks, tmp_path, alone, atol=0)
 
 
 @pytest.mark.parametrize("config", ENGINES)
 def test_two_processes(tmp_path, alone, config):
     """Each process holds a half of each group, and one of them demonstrations alone where a group has two."""
-    ranks = tiny.launch("canned", tmp_path, 2, CONFIGS / f"{config}.yaml", environment(config, PER_DEVICE="2"))
+    ranks = launch(tmp_path, config, per_device=2)
     assert [rank["engine"] for rank in ranks] == [ENGINES[config]] * 2
     generated = [sum(of_ranks) for of_ranks in zip(*(rank["generated"] for rank in ranks), strict=True)]
     assert generated == alone[0]["generated"]
@@ -64,9 +65,7 @@ def test_two_processes(tmp_path, alone, config):
 @pytest.mark.parametrize("config", ENGINES)
 def test_a_token_budget(tmp_path, alone, config):
     """More passes than `gradient_accumulation_steps`: gradients are synchronised in the last one, and are the same."""
-    options = {"CANNED_OPTIONS": '{"max_tokens_per_microbatch": 20}'}
-    environ = environment(config, PER_DEVICE="2", **options)
-    ranks = tiny.launch("canned", tmp_path, 2, CONFIGS / f"{config}.yaml", environ)
+    ranks = launch(tmp_path, config, per_device=2, max_tokens_per_microbatch=20)
     assert [rank["engine"] for rank in ranks] == [ENGINES[config]] * 2
     assert ranks[0]["passes"] == ranks[1]["passes"] and min(ranks[0]["passes"]) > 2
     assert_same(ranks, tmp_path, alone, atol=2e-5)
@@ -93,11 +92,9 @@ def test_the_family(tmp_path, config, method):
     """What is measured, replayed, hinted and weighted is the same on one process and on two."""
     if config != "multi_gpu" and method not in ("replay", "hints, plain"):
         pytest.skip("the loss does not know the engine; what asks the policy for log-probs does")
-    options = {"CANNED_OPTIONS": json.dumps(FAMILY[method])}
     folders = [tmp_path / "one", tmp_path / "two"]
-    (one,) = tiny.launch("canned", folders[0], 1, CONFIGS / "cpu.yaml", environment("cpu", PER_DEVICE="4", **options))
-    environ = environment(config, PER_DEVICE="2", **options)
-    two = tiny.launch("canned", folders[1], 2, CONFIGS / f"{config}.yaml", environ)
+    (one,) = launch(folders[0], "cpu", 1, per_device=4, **FAMILY[method])
+    two = launch(folders[1], config, per_device=2, **FAMILY[method])
     for step, sources in enumerate(one["sources"]):
         assert two[0]["sources"][step] + two[1]["sources"][step] == sources
     shown = {source for sources in one["sources"] for source in sources}
@@ -110,9 +107,8 @@ def test_the_family(tmp_path, config, method):
 
 def test_lora_in_two_processes(tmp_path):
     folders = [tmp_path / "one", tmp_path / "two"]
-    options = {"CANNED_OPTIONS": '{"lora": true}'}
-    one = tiny.launch("canned", folders[0], 1, CONFIGS / "cpu.yaml", environment("cpu", PER_DEVICE="4", **options))
-    two = tiny.launch("canned", folders[1], 2, CONFIGS / "multi_gpu.yaml", environment("", PER_DEVICE="2", **options))
+    one = launch(folders[0], "cpu", 1, per_device=4, lora=True)
+    two = launch(folders[1], "multi_gpu", per_device=2, lora=True)
     expected, weights = (load_file(folder / "saved" / "adapter_model.safetensors") for folder in folders)
     assert expected.keys() == weights.keys() and any("lora_B" in name for name in weights)
     for rank in two:
@@ -125,7 +121,7 @@ def test_lora_in_two_processes(tmp_path):
 @pytest.mark.parametrize("config", ["fsdp2", "zero3"])
 def test_generation_is_collective(tmp_path, config):
     """A process whose rows are all demonstrations takes part in the generation of the other; nothing hangs."""
-    ranks = tiny.launch("count", tmp_path, 2, CONFIGS / f"{config}.yaml", environment(config), timeout=240)
+    ranks = launch(tmp_path, config, function="count", timeout=240)
     # With one demonstration, rank 0 has a rollout; with two it has none, and generates one row for nothing.
     assert [rank[1, 2] for rank in ranks] == [[1, 1], [2, 2]]
     assert [rank[2, 2] for rank in ranks] == [[1, 1], [2, 2]]

@@ -8,7 +8,6 @@ authors of this package had no GPU: what is skipped here has never been run.
 """
 
 import importlib.util
-import json
 import os
 
 import pytest
@@ -40,8 +39,7 @@ needs_flash_attention = pytest.mark.skipif(
 
 def run_canned(folder, num_processes, **options):
     """(loss, gradient norm) of three updates on the same rollouts."""
-    env = {"PER_DEVICE": str(4 // num_processes), "CANNED_OPTIONS": json.dumps(options)}
-    rank = tiny.launch("canned", folder, num_processes, env=env)[0]
+    rank = tiny.launch("canned", folder, num_processes, per_device=4 // num_processes, **options)[0]
     return torch.tensor([(log["loss"], log["grad_norm"]) for log in rank["log_history"] if "grad_norm" in log])
 
 

@@ -15,7 +15,7 @@ def test_the_process_group_is_closed_when_python_ends(tmp_path):
 def test_an_error_waits_for_nobody(tmp_path):
     """After an error the group stays as it is: closing it could wait for processes that wait for this one."""
     with pytest.raises(AssertionError, match="after training"):
-        tiny.launch("ended", tmp_path, env={"FAILS": "1"})
+        tiny.launch("ended", tmp_path, fails=True)
     assert "True" in [
         (tmp_path / f"left_{rank}").read_text() for rank in range(2) if (tmp_path / f"left_{rank}").exists()
     ]

@@ -28,13 +28,12 @@ def test_killed_and_resumed(tmp_path, num_processes, kind):
     Two updates for each generation and four for each epoch. Killed in the seventh update, the run resumes after the
     fifth: within a generation batch of the second epoch.
     """
-    env = {"RESUMED_KIND": kind}
-    tiny.launch("resumable", tmp_path / "whole", num_processes, env=env)
+    tiny.launch("resumable", tmp_path / "whole", num_processes, kind=kind)
     with pytest.raises(AssertionError, match="failed in"):
-        tiny.launch("resumable", tmp_path / "killed", num_processes, env={**env, "KILL_AT": "7"})
+        tiny.launch("resumable", tmp_path / "killed", num_processes, kind=kind, kill_at=7)
     checkpoints = sorted(path.name for path in (tmp_path / "killed" / "out").glob("checkpoint-*"))
     assert checkpoints == ["checkpoint-5"]
-    tiny.launch("resumable", tmp_path / "killed", num_processes, env={**env, "RESUME": "1"})
+    tiny.launch("resumable", tmp_path / "killed", num_processes, kind=kind, resume=True)
 
     whole, killed = tmp_path / "whole" / "out", tmp_path / "killed" / "out"
     assert len(history(whole)) == 10 and history(killed) == history(whole)
@@ -177,10 +176,10 @@ def test_a_file_that_no_checkpoint_keeps(tmp_path, caplog, fault):
 @pytest.mark.parametrize("fault", ["missing", "broken"])
 def test_a_process_without_its_file(tmp_path, fault):
     """Both processes generate again, instead of one waiting for the other for ever."""
-    tiny.launch("resumable", tmp_path, 2, env={"RESUMED_KIND": "prefixes", "MAX_STEPS": "5"})
+    tiny.launch("resumable", tmp_path, 2, kind="prefixes", max_steps=5)
     file = tmp_path / "out" / "checkpoint-5" / "generation_1.pt"
     file.unlink() if fault == "missing" else file.write_bytes(file.read_bytes()[:1000])
-    tiny.launch("resumable", tmp_path, 2, env={"RESUMED_KIND": "prefixes", "RESUME": "1"})
+    tiny.launch("resumable", tmp_path, 2, kind="prefixes", resume=True)
     assert len(history(tmp_path / "out")) == 10
 
 

@@ -86,13 +86,13 @@ def server(tmp_path_factory):
     server.kill()
 
 
-def launch(folder, server, num_processes, options, **env):
+def launch(folder, server, num_processes, options, **scenario):
     save_model(folder / "model")
     script = Path(__file__).with_name("launched_vllm.py")
     command = [sys.executable, "-m", "accelerate.commands.launch", *(["--multi_gpu"] * (num_processes > 1))]
-    command += ["--num_processes", str(num_processes), "--main_process_port", "0", str(script), str(folder)]
-    env = {**os.environ, "SERVER_URL": server.url, "SERVED_OPTIONS": json.dumps(options), **env}
-    return subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400)
+    scenario = json.dumps({"server_url": server.url, "options": options, **scenario})
+    command += ["--num_processes", str(num_processes), "--main_process_port", "0", str(script), str(folder), scenario]
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400)
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
@@ -143,7 +143,7 @@ def test_a_lost_server(tmp_path, server):
     options = {"save_strategy": "steps", "save_steps": 1}
     first = Server(tmp_path / "model", tmp_path / "log.txt").wait()
     try:
-        result = launch(tmp_path, first, 2, options, SERVER_GROUP=str(first.process.pid))
+        result = launch(tmp_path, first, 2, options, server_group=first.process.pid)
     finally:
         first.kill()
     assert result.returncode != 0

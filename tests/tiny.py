@@ -2,6 +2,7 @@
 
 """A tiny model, a tokenizer and arguments that the tests share. Nothing is downloaded."""
 
+import json
 import os
 import subprocess
 import sys
@@ -122,8 +123,12 @@ def count_generated_rows(model):
     return rows
 
 
-def launch(function, output_dir, num_processes=2, config_file=None, env=None, timeout=300):
-    """Runs a function of `launched.py` under a real `accelerate launch`; what it returns, one item per process."""
+def launch(function, output_dir, num_processes=2, config_file=None, env=None, timeout=300, **scenario):
+    """
+    Runs a function of `launched.py`, with a scenario as its keyword arguments, under a real `accelerate launch`.
+
+    Returns what it returns, one item per process.
+    """
     save_tiny_model(Path(output_dir) / "model")
     script = Path(__file__).with_name("launched.py")
     command = [sys.executable, "-m", "accelerate.commands.launch"]
@@ -134,7 +139,7 @@ def launch(function, output_dir, num_processes=2, config_file=None, env=None, ti
         command += ["--multi_gpu"]
     command += ["--num_processes", str(num_processes), "--num_machines", "1", "--main_process_port", "0"]
     result = subprocess.run(
-        [*command, str(script), function, str(output_dir)],
+        [*command, str(script), function, str(output_dir), json.dumps(scenario)],
         env={**os.environ, **(env or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
