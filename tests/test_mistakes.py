@@ -411,7 +411,7 @@ def test_what_is_no_mistake_keeps_its_traceback(tmp_path):
         with in_one_line():
             refuse()
     (tmp_path / "recipe.yaml").write_text("nothing: 1\n")
-    with pytest.raises(SystemExit, match="ValueError: Unknown arguments from config file"):  # which TRL raises
+    with pytest.raises(SystemExit, match="ValueError: .* knows no option 'nothing', which the file of `--c"):
         with in_one_line():
             train.make_parser().parse_args_and_config(
                 ["--config", str(tmp_path / "recipe.yaml"), "--use_cpu", "true", "--bf16", "false"]
