@@ -74,8 +74,8 @@ class Redactor:
 
 def _without_masked(text: str, key: str, both_sides: bool = False) -> str:
     """
-    A text without what shows the beginning of a key, its end, or both, with a mask between or beside them. In an answer
-    both have to be there: dots after a word with which a key begins are none.
+    A text without what shows the beginning of a key, its end, or both, with a mask between or beside them. In an
+    answer both have to be there: dots after a word with which a key begins are none.
     """
     parts, place = [], 0
     for mask in _MASK.finditer(text):
