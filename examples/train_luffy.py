@@ -6,11 +6,8 @@ Train a model with LUFFY, or with plain GRPO, from a YAML recipe and command-lin
     accelerate launch examples/train_luffy.py --config examples/configs/quickstart.yaml --learning_rate 1e-4
 """
 
-from trl import ModelConfig, TrlParser
-
-from luffy_trl import LuffyConfig
-from luffy_trl.scripts.train import LuffyScriptArguments, main
+from luffy_trl.scripts.train import main, make_parser
 
 
 if __name__ == "__main__":
-    main(*TrlParser((LuffyScriptArguments, LuffyConfig, ModelConfig)).parse_args_and_config())
+    main(*make_parser().parse_args_and_config())

@@ -6,10 +6,8 @@ Supervised fine-tuning on the traces of a dataset; the script of `luffy sft`:
     accelerate launch examples/train_sft.py --config examples/configs/sft.yaml --learning_rate 1e-5
 """
 
-from trl import ModelConfig, TrlParser
-
-from luffy_trl.scripts.sft import SFTScriptArguments, TraceSFTConfig, main
+from luffy_trl.scripts.sft import main, make_parser
 
 
 if __name__ == "__main__":
-    main(*TrlParser((SFTScriptArguments, TraceSFTConfig, ModelConfig)).parse_args_and_config())
+    main(*make_parser().parse_args_and_config())

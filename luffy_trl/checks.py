@@ -6,23 +6,29 @@ import functools
 import inspect
 import logging
 import math
+import netrc
+import os
+import sys
 import time
 import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from datasets import Dataset
+from huggingface_hub import get_token
 from torch import nn
 from transformers import AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.utils import is_peft_available
 from trl import ModelConfig, SFTConfig
 from trl.import_utils import is_vllm_available
 
 from .luffy_config import LuffyConfig
+from .redaction import Redactor, credentials_of, without_credentials
 from .rewards import math_verify_reward
 
 
@@ -196,14 +202,51 @@ def check_machine(args: LuffyConfig | SFTConfig):
         )
     available = get_available_reporting_integrations()
     for name in args.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(
+                f"`report_to` names {name!r}, which transformers does not know. It knows "
+                f"{', '.join(sorted(INTEGRATION_TO_CALLBACK))}, and 'none'."
+            )
         if name in _TRACKERS and name not in available:
             raise ValueError(
                 f"`report_to` names {name!r}, which is not installed: `pip install {name}`, or set `report_to='none'`."
+            )
+    if args.process_index == 0:  # which alone reports
+        if "wandb" in args.report_to:
+            _check_wandb()
+        if "trackio" in args.report_to and args.trackio_space_id is not None and get_token() is None:
+            raise ValueError(
+                f"`trackio_space_id` {args.trackio_space_id!r} needs a login to the Hub: `hf auth login`, or set "
+                "`HF_TOKEN`. Without `trackio_space_id`, trackio logs to this machine."
             )
     if args.bf16 and args.use_cpu and not has_bf16(torch.cpu.get_capabilities()):
         warnings.warn(
             "This CPU has no instructions for bf16 and emulates them, which is slower than float32. Set `bf16=False`.",
             stacklevel=3,
+        )
+
+
+def _check_wandb():
+    """Raises a `ValueError` if wandb will find no login, and cannot ask for one. Nothing is sent."""
+    import wandb
+
+    settings = wandb.setup().settings
+    if wandb.run is not None or settings.mode in ("offline", "dryrun", "disabled") or os.environ.get("WANDB_DISABLED"):
+        return
+    if settings.api_key or os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return
+    host = urlsplit(settings.base_url).netloc
+    for file in filter(None, (os.environ.get("NETRC"), "~/.netrc", "~/_netrc")):
+        try:
+            found = netrc.netrc(os.path.expanduser(file))
+            if found.authenticators(host) or found.authenticators("api.wandb.ai"):  # the host of earlier versions
+                return
+        except (OSError, netrc.NetrcParseError):  # not there, or of others
+            pass
+    if not sys.stdin.isatty():
+        raise ValueError(
+            f"`report_to` names 'wandb', which has no login for {host}: `wandb login`, or set `WANDB_API_KEY`. "
+            "Without one, set `WANDB_MODE=offline`, or `report_to='none'`."
         )
 
 
@@ -228,18 +271,24 @@ def check_vllm_server(args: LuffyConfig, retry_interval: float = 2.0):
     if not args.use_vllm or args.vllm_mode != "server":
         return
     url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
+    secrets, url = credentials_of(url), without_credentials(url)
+    hide = Redactor(*secrets)
+    # TRL's client sends a login that is in the address likewise
+    request = urllib.request.Request(
+        f"{url}/health", headers={"Authorization": f"Basic {secrets[1]}"} if secrets else {}
+    )
     start, attempts = time.monotonic(), 0
     while True:
         try:
-            with urllib.request.urlopen(f"{url}/health", timeout=10):
+            with urllib.request.urlopen(request, timeout=10):
                 return
         except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
             if time.monotonic() - start >= args.vllm_server_timeout:
                 raise ValueError(
                     f"No vLLM server answers at {url} (`vllm_server_base_url`), for {args.vllm_server_timeout:g} "
-                    f"seconds (`vllm_server_timeout`): {error}. Start it first, as docs/vllm.md shows, or set "
+                    f"seconds (`vllm_server_timeout`): {hide(error)}. Start it first, as docs/vllm.md shows, or set "
                     "`vllm_mode='colocate'` to generate in the training processes."
-                ) from error
+                ) from (None if secrets else error)
         attempts += 1
         if attempts == 1:
             logger.warning(f"Waiting for a vLLM server at {url}, up to {args.vllm_server_timeout:g} seconds.")

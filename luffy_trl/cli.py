@@ -9,13 +9,15 @@ not know are accelerate's (`--num_processes 2`), and `--accelerate_config` takes
 
 import argparse
 import importlib
+import logging
 import os
 import runpy
-import subprocess
 import sys
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+
+from .errors import TO_RESUME, in_one_line_if_interrupted
 
 
 # Commands: the module of each, and what it is for. Those with `make_parser` are launched by accelerate.
@@ -37,6 +39,13 @@ COMMANDS = {
     "prepare-data": (None, "training data: openr1, generate or score"),
     "prepare-model": ("luffy_trl.prepare_model", "make a base model ready: positions, chat template, EOS"),
     "eval": ("luffy_trl.eval", "evaluate models on the benchmarks of the paper"),
+}
+# What is said beside "Interrupted.", where the command can go on
+HINTS = {
+    "train": TO_RESUME,
+    "sft": TO_RESUME,
+    "eval": "Continue with the same command: what was generated is in `output_dir`.",
+    "generate": "Continue with the same command: the answers until now are in the journal.",
 }
 PACKAGE = Path(__file__).parent
 
@@ -62,7 +71,8 @@ def main(argv: list[str] | None = None) -> int:
     if command in ("train", "sft", "inspect"):
         args = _with_shipped_recipe(args)
     if command in LAUNCHED:
-        return _launch(command, args)
+        with in_one_line_if_interrupted(HINTS[command]):
+            return _launch(command, args)
     module = COMMANDS[command][0]
     if command == "prepare-data":
         parser = _make_parser("luffy prepare-data", PREPARE_DATA)
@@ -70,12 +80,14 @@ def main(argv: list[str] | None = None) -> int:
         if kind is None:
             parser.print_help()
             return 0
-        module = PREPARE_DATA[kind][0]
-    return _run(module, args)
+        command, module = kind, PREPARE_DATA[kind][0]
+    with in_one_line_if_interrupted(HINTS.get(command, "")):
+        return _run(module, args)
 
 
 def _make_parser(prog: str, commands: dict[str, tuple[str | None, str]]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, epilog=f"`{prog} COMMAND -h` shows the options of a command.")
+    epilog = f"`{prog} COMMAND -h` shows the options of a command."
+    parser = argparse.ArgumentParser(prog=prog, epilog=epilog, allow_abbrev=False)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, (_, help_text) in commands.items():
         subparsers.add_parser(name, help=help_text, add_help=False)
@@ -111,12 +123,19 @@ def _launch(command: str, args: list[str]) -> int:
     """Runs a training script by `accelerate launch`: one process in this one, several as its children."""
     from unittest.mock import patch
 
+    script = importlib.import_module(LAUNCHED[command][0])
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # one of the processes that are launched below, or by `accelerate launch`
+        script.run(args, f"luffy {command}")
+        return 0
+
     from accelerate.commands import launch
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
     from trl.cli.commands.training import _subtract_subsequence
 
-    module = LAUNCHED[command][0]
-    script = importlib.import_module(module)
+    from .arguments import first_option, suggestion
+
     # Parsed by argparse alone: the configuration's own checks count processes, of which this is not one.
     script_parser = script.make_parser(prog=f"luffy {command}")
     script_parser.add_argument("--config", help="Recipe: a YAML file, or the name of one of the package.")
@@ -127,25 +146,37 @@ def _launch(command: str, args: list[str]) -> int:
     script_args = _subtract_subsequence(args, launch_args)
 
     launcher = launch.launch_command_parser()
+    launcher.allow_abbrev = False
     if "--accelerate_config" in launch_args[:-1]:
         place = launch_args.index("--accelerate_config") + 1
         shipped = PACKAGE / "accelerate_configs" / f"{launch_args[place]}.yaml"
         if not Path(launch_args[place]).is_file() and shipped.is_file():
             launch_args[place] = str(shipped)
         launch_args = resolve_accelerate_config_argument(launch_args)
-    known, unknown = launcher.parse_known_args([*launch_args, "--module", module])
-    if unknown or known.training_script != module:
-        names = [*unknown, known.training_script]
-        name = next((name for name in names if name.startswith("--")), names[0])
-        raise SystemExit(f"`luffy {command}` and accelerate know no argument {name!r}. See `luffy {command} -h`.")
+    this_command = ["--module", "luffy_trl", command]
+    known, unknown = launcher.parse_known_args([*launch_args, *this_command])
+    if unknown or [known.training_script, *known.training_script_args] != this_command[1:]:
+        name = first_option([*unknown, known.training_script])
+        raise SystemExit(
+            f"`luffy {command}` and accelerate know no argument {name!r}."
+            f"{suggestion(name, script_parser, launcher)} See `luffy {command} -h`."
+        )
     launch_args = _with_defaults(launch_args, known)
+    # Of what ends a process, the process itself has told
+    for part in ("agent.server.api", "multiprocessing.api"):
+        logging.getLogger(f"torch.distributed.elastic.{part}").setLevel(logging.CRITICAL)
     # Children must not import from the current folder what is not installed; the script takes the variable away
     with patch.object(launch, "simple_launcher", partial(_run_script, script, f"luffy {command}")):
         os.environ["PYTHONSAFEPATH"] = "1"
         try:
-            launch.launch_command(launcher.parse_args([*launch_args, "--module", module, *script_args]))
-        except subprocess.CalledProcessError as error:  # the script has said what is wrong
-            return error.returncode
+            launch.launch_command(launcher.parse_args([*launch_args, *this_command, *script_args]))
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            if failure.exitcode < 0:
+                print(f"Process {rank} was ended by {failure.signal_name()}.", file=sys.stderr)
+            return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+        except SignalException as error:  # which all processes got
+            return 128 + error.sigval
         except SystemExit as error:
             if not isinstance(error.code, str):
                 raise
@@ -168,7 +199,7 @@ def _run_script(script, prog: str, args: argparse.Namespace):
     if "OMP_NUM_THREADS" in environment:  # which torch has read by now
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     try:
-        script.run(args.training_script_args, prog)
+        script.run(args.training_script_args[1:], prog)
     finally:  # whoever calls `main` from Python goes on in an environment of its own
         os.environ.clear()
         os.environ.update(before)

@@ -315,10 +315,15 @@ class DemonstrationTokenizer:
 
     def _end_once(self, ids: list[int], end_id: int, name: str) -> list[int]:
         end = min((ids.index(token_id) for token_id in self.eos_token_ids if token_id in ids), default=None)
-        if end is None:
-            return [*ids, end_id]
         if end == 0:
             raise ValueError(f"{name} is empty but for its end-of-sequence token. Remove it.")
+        if not any(self.tokenizer.decode(part, skip_special_tokens=True).strip() for part in (ids[:16], ids[:end])):
+            raise ValueError(
+                f"{name} has no token with a text of its own: the tokenizer makes {len(ids[:end])} of it, which are "
+                "white space or special. Remove the trace, or write it in characters that the tokenizer knows."
+            )
+        if end is None:
+            return [*ids, end_id]
         if self.tokenizer.decode(ids[end + 1 :], skip_special_tokens=True).strip():
             raise ValueError(
                 f"{name} goes on after its end-of-sequence token {self.tokenizer.decode(ids[end])!r}, where the "

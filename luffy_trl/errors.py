@@ -2,6 +2,9 @@
 
 """How a mistake is told: in one line, which says what to do."""
 
+import hashlib
+import os
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,13 +13,15 @@ from pathlib import Path
 
 _PACKAGE = Path(__file__).parent
 _PARSERS = ("parse_args_and_config", "parse_args_into_dataclasses")
+INTERRUPTED = 130  # the exit status of a command that Ctrl-C has ended
+TO_RESUME = "Continue from the last checkpoint, if there is one, with `--resume_from_checkpoint true`."
 
 
 @contextmanager
 def in_one_line() -> Iterator[None]:
     """
     Ends a command with one line where it refuses what it was given: by a `raise` of this package, or while it reads
-    its arguments. What nobody has foreseen keeps its traceback.
+    its arguments. What nobody has foreseen keeps its traceback. Of several processes, one says what all would say.
     """
     try:
         yield
@@ -26,7 +31,35 @@ def in_one_line() -> Iterator[None]:
         is_refused = isinstance(error, ValueError | ImportError) and is_ours
         if not is_refused and not any(frame.name in _PARSERS for frame in frames):
             raise
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
+        message = f"{type(error).__name__}: {error}"
+        raise SystemExit(message if _is_first_to_say(message) else 1) from None
+
+
+@contextmanager
+def in_one_line_if_interrupted(hint: str = "") -> Iterator[None]:
+    """Ends a command that Ctrl-C interrupts with one line and the exit status 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        message = f"Interrupted. {hint}".strip()
+        if _is_first_to_say(message):
+            print(f"\n{message}", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+
+
+def _is_first_to_say(message: str) -> bool:
+    """Whether no other process of the same launcher, on this machine, has said this yet."""
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # of this process alone, in a folder that all share
+    if not error_file:
+        return True
+    said = Path(error_file).parent.parent / f"said-{hashlib.sha256(message.encode()).hexdigest()[:16]}"
+    try:
+        said.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        pass  # twice is better than never
+    return True
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from trl import GRPOConfig
 from .config_rules import check_options
 from .losses import Baseline, ShapingKind
 from .options import described, explained_arguments
+from .redaction import without_credentials
 
 
 @described
@@ -403,9 +404,17 @@ class LuffyConfig(GRPOConfig):
         """Whether an option differs from its default."""
         return getattr(self, name) != self.__dataclass_fields__[name].default
 
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, for trackers and cards: without the login that an address may hold."""
+        options = super().to_dict()
+        if self.vllm_server_base_url:
+            options["vllm_server_base_url"] = without_credentials(self.vllm_server_base_url)
+        return options
+
     def __getstate__(self):
         # Trainers save their arguments by `torch.save` and push the file to the Hub.
-        return {**self.__dict__, "hub_token": None}
+        address = self.vllm_server_base_url and without_credentials(self.vllm_server_base_url)
+        return {**self.__dict__, "hub_token": None, "vllm_server_base_url": address}
 
     # Copies within a process are no files, and keep the token.
     def __copy__(self):

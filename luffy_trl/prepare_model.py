@@ -21,11 +21,11 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    HfArgumentParser,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 
+from .arguments import Parser
 from .chat_templates import CHAT_TEMPLATES, get_chat_template
 from .demonstrations import load_generation_config
 from .errors import in_one_line, loading_model
@@ -254,4 +254,4 @@ def _same(stat: os.stat_result, other: os.stat_result) -> bool:
 
 if __name__ == "__main__":
     with in_one_line():
-        main(*HfArgumentParser(PrepareArguments, prog="luffy prepare-model").parse_args_into_dataclasses())
+        main(*Parser(PrepareArguments, prog="luffy prepare-model").parse_args_into_dataclasses())

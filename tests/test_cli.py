@@ -8,8 +8,10 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,8 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from luffy_trl import cli
+from luffy_trl.arguments import Parser
+from luffy_trl.errors import in_one_line
 from luffy_trl.scripts.train import LuffyScriptArguments, get_reward_funcs, make_parser
 
 
@@ -148,13 +152,38 @@ def test_an_error_of_the_script_is_the_last_word(tmp_path, monkeypatch, capfd):
     ("arguments", "message"),
     [
         (["--config", "nope"], "There is no recipe 'nope'. `--config` takes a YAML file, or one of: chord, grpo_bas"),
-        (["--num_demonstration_s", "2"], "`luffy train` and accelerate know no argument '--num_demonstration_s'."),
+        (
+            ["--num_demonstration_s", "2"],
+            "`luffy train` and accelerate know no argument '--num_demonstration_s'. Did you mean",
+        ),
+        (["--num_dem=2"], "know no argument '--num_dem'. Did you mean `--num_demonstrations`?"),
+        (["--num_proc", "2"], "know no argument '--num_proc'. Did you mean `--num_processes`?"),
         (["data.jsonl", "--max_steps", "1"], "`luffy train` and accelerate know no argument 'data.jsonl'."),
     ],
 )
 def test_mistakes(arguments, message):
     with pytest.raises(SystemExit, match=message):
         cli.main(["train", *arguments])
+
+
+@pytest.mark.parametrize(
+    ("command", "abbreviated", "meant"),
+    [
+        ("train", "--num_dem", "--num_demonstrations"),
+        ("sft", "--max_prompt", "--max_prompt_length"),
+        ("inspect", "--mod", "--model"),
+        ("prepare-model", "--chat-templ", "--chat-template"),
+        ("prepare-data openr1", "--dataset_nam", "--dataset_name"),
+        ("prepare-data score", "--teacher", "--teacher_name_or_path"),
+    ],
+)
+def test_abbreviations(tmp_path, command, abbreviated, meant):
+    """Each parser of a command, also where a required option is the one that is abbreviated, or a file names it."""
+    modules = {**cli.COMMANDS, **{f"prepare-data {name}": value for name, value in cli.PREPARE_DATA.items()}}
+    script = [sys.executable, "-m", modules[command][0]]
+    result = subprocess.run([*script, abbreviated, "1"], cwd=tmp_path, capture_output=True, text=True)
+    message = f"ValueError: `luffy {command}` knows no argument '{abbreviated}'. Did you mean `{meant}`?\n"
+    assert result.returncode == 1 and result.stderr.endswith(message), result.stderr
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
@@ -206,22 +235,130 @@ def test_a_signal_to_the_command_ends_all_of_the_run(tmp_path, num_processes, si
     arguments = run_flags(tmp_path, max_steps=100000, save_strategy="steps", save_steps=1, save_total_limit=2)
     if num_processes == 2:
         arguments += ["--num_processes", "2", "--multi_gpu", "--main_process_port", "0"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "luffy_trl", "train", *map(str, arguments)],
-        cwd=tmp_path,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    with (tmp_path / "stderr").open("w") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "luffy_trl", "train", *map(str, arguments)],
+            cwd=tmp_path,
+            env={**os.environ, "ACCELERATE_USE_CPU": "true"},
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            start_new_session=True,
+        )
     try:
         wait_until(lambda: list(tmp_path.glob("out/checkpoint-*")))
         process.send_signal(signal_number)
         wait_until(lambda: not [pid for pid in processes_of(tmp_path) if pid != process.pid])
-        assert process.wait(60) != 0
+        status, printed = process.wait(60), (tmp_path / "stderr").read_text()
+        if signal_number == signal.SIGINT:
+            assert status == 130 and printed.count("Interrupted. Continue from the last checkpoint, if there is") == 1
+        else:
+            assert status == -signal_number and "Interrupted" not in printed
+        assert "Traceback" not in printed and "KeyboardInterrupt" not in printed
     finally:
         for pid in processes_of(tmp_path):
             os.kill(pid, signal.SIGKILL)
+
+
+def test_an_interrupt_while_libraries_are_imported(tmp_path):
+    command = [sys.executable, "-X", "importtime", "-m", "luffy_trl", "train", *map(str, run_flags(tmp_path))]
+    with (tmp_path / "stderr").open("w") as stderr:
+        process = subprocess.Popen(command, cwd=tmp_path, stderr=stderr)
+    wait_until(lambda: "luffy_trl.errors" in (tmp_path / "stderr").read_text())
+    process.send_signal(signal.SIGINT)
+    assert process.wait(120) == 130
+    printed = (tmp_path / "stderr").read_text()
+    assert "Traceback" not in printed and printed.count("Interrupted. ") == 1
+
+
+class NeverAnswers(BaseHTTPRequestHandler):
+    def do_GET(self):
+        body = b'{"data": [{"id": "model"}]}'
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_POST(self):
+        self.server.asked.set()
+        self.server.is_over.wait()
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (
+            ["eval", "--backend", "vllm", "--model_name_or_path", "model", "--data_files", "train.jsonl"],
+            "is in `output",
+        ),
+        (["prepare-data", "generate", "--model", "model", "--dataset_name", "train.jsonl"], "are in the journal."),
+    ],
+    ids=["eval", "generate"],
+)
+def test_an_interrupt_of_a_command_that_waits(tmp_path, command, message):
+    run_flags(tmp_path)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), NeverAnswers)
+    server.asked, server.is_over, server.daemon_threads = threading.Event(), threading.Event(), True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    arguments = [*command, "--base_url", f"http://127.0.0.1:{server.server_port}/v1", "--output_dir", "out"]
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "luffy_trl", *arguments],
+            cwd=tmp_path,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        assert server.asked.wait(120)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        time.sleep(1.0)
+        server.is_over.set()  # an evaluation waits for the requests that are under way
+        _, printed = process.communicate(timeout=120)
+    finally:
+        server.is_over.set()
+        server.shutdown()
+        server.server_close()
+    last_line = printed.strip().splitlines()[-1]
+    assert process.returncode == 130 and "Traceback" not in printed
+    assert last_line.startswith("Interrupted. Continue with the same command: ") and message in last_line
+
+
+@pytest.mark.parametrize("launcher", [["luffy_trl", "train"], ["accelerate.commands.launch"]])
+def test_what_all_processes_refuse_is_said_once(tmp_path, launcher):
+    flags = [*map(str, run_flags(tmp_path, num_generations=3))]
+    launch = ["--num_processes", "2", "--multi_gpu", "--main_process_port", "0"]
+    is_luffy = launcher[0] == "luffy_trl"
+    command = [*launcher, *flags, *launch] if is_luffy else [*launcher, *launch, "-m", "luffy_trl", "train", *flags]
+    result = subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=tmp_path,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 1
+    assert result.stderr.count("ValueError: `num_generations=3` does not divide the 16 completions") == 1
+    assert not is_luffy or len(result.stderr.strip().splitlines()) == 1, result.stderr
+
+
+def test_what_one_process_refuses_is_said(tmp_path, monkeypatch, capsys):
+    """Processes of one launcher, told apart by their files: each says what no other has said."""
+    said = []
+    for rank, message in enumerate(["all", "all", "only this"]):
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "attempt_0" / str(rank) / "error.json"))
+        (tmp_path / "attempt_0" / str(rank)).mkdir(parents=True)
+        with pytest.raises(SystemExit) as exit_info:
+            with in_one_line():
+                Parser(prog=message).parse_args_into_dataclasses(["--x"])
+        said.append(exit_info.value.code)
+    assert said == [
+        "ValueError: `all` knows no argument '--x'.",
+        1,
+        "ValueError: `only this` knows no argument '--x'.",
+    ]
 
 
 def test_two_runs_into_one_folder(tmp_path, monkeypatch, capsys):

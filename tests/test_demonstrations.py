@@ -390,6 +390,11 @@ GOOD = {"prompt": "1+1=", "demonstrations": ["2"]}
             r"row 1: `demonstrations\[0\]` is empty but for its end-of-sequence",
         ),
         ({"prompt": "1<think>\n", "demonstrations": ["<think>\n"]}, r"row 1: `demonstrations\[0\]` is empty"),
+        ({"prompt": "1", "demonstrations": ["2", "é"]}, r"row 1: `demonstrations\[1\]` has no token .* makes 0 of"),
+        ({"prompt": "1", "demonstrations": ["é \n"]}, r"row 1: `demonstrations\[0\]` has no token .* makes 2 of"),
+        ({"prompt": "1", "demonstrations": [" " * 20 + "é"]}, r"row 1: `demonstrations\[0\]` has no .* makes 20 of"),
+        ({"prompt": "1", "demonstrations": [f"  {EOS}"]}, r"row 1: `demonstrations\[0\]` has no token .* makes 2 of"),
+        ({"prompt": "1", "demonstrations": ["<|im_start|>"]}, r"row 1: `demonstrations\[0\]` has no token with"),
         ({"prompt": "1", "demonstrations": ["2", None]}, r"row 1: `demonstrations\[1\]` must be a string, got 'None'"),
         (
             {"prompt": "1", "demonstrations": [f"2{EOS}3"]},

@@ -190,8 +190,9 @@ def run_script(module, arguments, is_run):
 
 def check_luffy(arguments, is_run, monkeypatch):
     def launch_command(args):
-        assert args.module
-        run_script(args.training_script, args.training_script_args, is_run)
+        assert args.module and args.training_script == "luffy_trl"
+        command, *options = args.training_script_args
+        run_script(cli.LAUNCHED[command][0], options, is_run)
 
     monkeypatch.setattr(launch, "launch_command", launch_command)
     command = arguments[:2] if arguments[0] == "prepare-data" else arguments[:1]

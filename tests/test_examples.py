@@ -17,9 +17,6 @@ from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-from trl import ModelConfig, TrlParser
-
-from luffy_trl import LuffyConfig
 
 
 ROOT = Path(__file__).parent.parent
@@ -76,7 +73,7 @@ def flags(folder, **kwargs):
 
 
 def run(*arguments):
-    parser = TrlParser((train_luffy.LuffyScriptArguments, LuffyConfig, ModelConfig))
+    parser = train_luffy.make_parser()
     train_luffy.main(*parser.parse_args_and_config([str(a) for a in arguments]))
 
 
@@ -85,7 +82,7 @@ def run_sft(folder, *arguments, **kwargs):
     unknown = {"steps_per_generation", "use_vllm"}
     parts = flags(folder, **kwargs)
     parts = [part for i, part in enumerate(parts) if parts[i - i % 2].removeprefix("--") not in unknown]
-    parser = TrlParser((train_sft.SFTScriptArguments, train_sft.TraceSFTConfig, ModelConfig))
+    parser = train_sft.make_parser()
     train_sft.main(*parser.parse_args_and_config([*map(str, arguments), *parts]))
 
 
@@ -157,7 +154,7 @@ def test_sft_refuses_to_cut_traces(tmp_path):
 
 
 def test_the_papers_recipe_is_the_papers():
-    parser = TrlParser((train_luffy.LuffyScriptArguments, LuffyConfig, ModelConfig))
+    parser = train_luffy.make_parser()
     config = ROOT / "examples" / "configs" / "qwen2.5_math_7b.yaml"
     _, args, model_args = parser.parse_args_and_config(["--config", str(config), "--use_cpu", "--bf16", "false"])
     on_8_gpus = 8
@@ -265,7 +262,7 @@ def test_mistakes_on_the_command_line(arguments, message, tmp_path):
 def test_an_unknown_setting_is_an_error(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("num_demonstration: 2\n")
-    with pytest.raises(ValueError, match="Unknown arguments from config file: .*num_demonstration"):
+    with pytest.raises(ValueError, match="knows no option 'num_demonstration', .* Did you mean `num_demonstrations`"):
         run("--config", recipe, *flags(tmp_path))
 
 

@@ -196,3 +196,11 @@ def test_copies_keep_the_token(tmp_path, copied):
     assert type(other) is LuffyConfig and other.hub_token == "hf_secret" and other.to_dict() == args.to_dict()
     assert (other.reward_weights is args.reward_weights) == (copied is not copy.deepcopy)
     assert pickle.loads(pickle.dumps(args)).hub_token is None  # `training_args.bin` is pushed
+
+
+def test_the_login_of_an_address_is_in_no_file(tmp_path):
+    args = tiny.make_args(tmp_path, vllm_server_base_url="http://user:secret@host:8000/base")
+    assert args.vllm_server_base_url == "http://user:secret@host:8000/base"
+    assert "secret" not in args.to_json_string() and args.to_dict()["vllm_server_base_url"] == "http://host:8000/base"
+    assert pickle.loads(pickle.dumps(args)).vllm_server_base_url == "http://host:8000/base"
+    assert copy.deepcopy(args).vllm_server_base_url == args.vllm_server_base_url

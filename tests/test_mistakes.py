@@ -7,6 +7,7 @@ They are made with the scripts of `luffy train` and `luffy sft`, on a model with
 them fails the test.
 """
 
+import base64
 import functools
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import wandb
 from datasets import Dataset, DatasetDict
 from safetensors import SafetensorError
 from transformers import AutoTokenizer
@@ -411,7 +413,7 @@ def test_what_is_no_mistake_keeps_its_traceback(tmp_path):
         with in_one_line():
             refuse()
     (tmp_path / "recipe.yaml").write_text("nothing: 1\n")
-    with pytest.raises(SystemExit, match="ValueError: Unknown arguments from config file"):  # which TRL raises
+    with pytest.raises(SystemExit, match="ValueError: .* knows no option 'nothing', which the file of `--c"):
         with in_one_line():
             train.make_parser().parse_args_and_config(
                 ["--config", str(tmp_path / "recipe.yaml"), "--use_cpu", "true", "--bf16", "false"]
@@ -450,6 +452,60 @@ def test_missing_extra_of_both(luffy, monkeypatch):
         luffy(use_peft="true")
 
 
+def test_a_tracker_that_nobody_knows(luffy):
+    with pytest.raises(ValueError, match="`report_to` names 'wadnb', which transformers does not know. It .*wandb"):
+        luffy(report_to="wadnb")
+
+
+def test_wandb_without_a_login(luffy, tmp_path, monkeypatch):
+    """A login is found where wandb looks for it, without a network."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DISABLED", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    wandb.teardown()  # it has read the environment once
+    with pytest.raises(ValueError, match="`report_to` names 'wandb', which has no login for api.*: `wandb login`"):
+        luffy(report_to="wandb")
+    for name, value in (("WANDB_API_KEY", "0" * 40), ("WANDB_MODE", "offline"), ("WANDB_MODE", "disabled")):
+        with monkeypatch.context() as context:
+            context.setenv(name, value)
+            wandb.teardown()
+            with pytest.raises(SafetensorError):
+                luffy(report_to="wandb")
+    wandb.teardown()
+    (tmp_path / ".netrc").write_text(f"machine api.wandb.ai login user password {'0' * 40}\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    with pytest.raises(SafetensorError):
+        luffy(report_to="wandb")
+    wandb.teardown()
+
+
+def test_trackio_space_without_a_login(luffy, monkeypatch):
+    monkeypatch.setattr("luffy_trl.checks.get_token", lambda: None)  # the machine may have one
+    with pytest.raises(ValueError, match="`trackio_space_id` 'me/space' needs a login to the Hub: `hf auth login`"):
+        luffy(report_to="trackio", trackio_space_id="me/space")
+    with pytest.raises(SafetensorError):
+        luffy(report_to="trackio")
+
+
+def test_a_login_in_the_address_of_the_vllm_server(tmp_path, caplog):
+    """It is sent as TRL's client sends it, and is in no message."""
+    server = HTTPServer(("127.0.0.1", 0), NeedsLogin)
+    options = {"use_cpu": True, "bf16": False, "use_vllm": True, "vllm_mode": "server", "vllm_server_timeout": 0.1}
+    url = f"http://user:pass%20word@127.0.0.1:{server.server_port}"
+    args = LuffyConfig(str(tmp_path), vllm_server_base_url=url, **options)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    check_vllm_server(args)
+    server.shutdown()
+    server.server_close()
+    thread.join()
+    with pytest.raises(ValueError, match=f"No vLLM server answers at http://127.0.0.1:{server.server_port} ") as error:
+        check_vllm_server(args, retry_interval=0.1)
+    told = f"{error.value} {error.value.__cause__} {caplog.text}"
+    assert "Waiting for a vLLM server at http://127.0.0.1" in told and "pass" not in told and "user" not in told
+
+
 def test_vllm_server_that_is_not_up(tmp_path, caplog):
     server = HTTPServer(("127.0.0.1", 0), Health)
     url = f"http://127.0.0.1:{server.server_port}"
@@ -473,6 +529,16 @@ def test_vllm_server_that_is_not_up(tmp_path, caplog):
     ):
         check_vllm_server(args(vllm_server_timeout=0.1), retry_interval=0.1)
     assert f"Waiting for a vLLM server at {url}, up to 0.1 seconds." in caplog.text
+
+
+class NeedsLogin(BaseHTTPRequestHandler):
+    def do_GET(self):
+        login = "Basic " + base64.b64encode(b"user:pass word").decode()
+        self.send_response(200 if self.headers["Authorization"] == login else 401)
+        self.end_headers()
+
+    def log_message(self, *args):
+        pass
 
 
 class Health(BaseHTTPRequestHandler):

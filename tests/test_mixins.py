@@ -108,3 +108,28 @@ def test_a_reward_that_is_no_finite_number(model_path, tmp_path, reward, shown):
     trainer = LuffyTrainer(model_path, odd, tiny.make_args(tmp_path), Dataset.from_list(tiny.addition_rows(2)))
     with pytest.raises(ValueError, match=f"The reward function `odd` returned {shown}. A reward is a finite number"):
         trainer.train()
+
+
+@pytest.mark.parametrize("value", [None, float("nan")])
+@pytest.mark.parametrize("options", [{}, tiny.PLAIN_GRPO], ids=["luffy", "grpo"])
+def test_no_rewards_at_all(tmp_path, model_path, caplog, value, options):
+    """One warning that names the functions; one that gives some completions no reward is no mistake."""
+
+    def nothing(completions, **kwargs):
+        return [value] * len(completions)
+
+    def nil(completions, **kwargs):
+        return nothing(completions)
+
+    def some(completions, **kwargs):
+        return [value, *tiny.share_of_digits(completions[1:])]
+
+    for functions, count in (([nothing, nil], 1), ([nothing, some], 0), (some, 0)):
+        caplog.clear()
+        rows = Dataset.from_list(tiny.addition_rows(4))
+        args = tiny.make_args(tmp_path / "out", max_steps=3, **options)
+        LuffyTrainer(model_path, functions, args, rows).train()
+        told = [record.getMessage() for record in caplog.records if "got a reward from" in record.getMessage()]
+        assert [text.partition(":")[0] for text in told] == [
+            "[RANK 0] No completion of a batch of 4 got a reward from `nothing`, `nil`"
+        ] * count

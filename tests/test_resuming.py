@@ -245,3 +245,54 @@ def test_after_an_interrupt(tmp_path, policy, fails_at):
     trainer.state.global_step = 0
     trainer.optimizer = trainer.lr_scheduler = None  # a Trainer keeps these from one `train` to the next
     assert run(trainer) == expected
+
+
+def other_rows(kind):
+    rows = tiny.addition_rows(8)
+    return {
+        "fewer rows": rows[:7],
+        "another prompt": [*rows[:5], {**rows[5], "prompt": "2+3="}, *rows[6:]],
+        "another order": rows[::-1],
+        "other traces": [{**row, "demonstrations": ["A0"]} for row in rows],
+    }[kind]
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize("kind", ["fewer rows", "another prompt", "another order", "other traces"])
+def test_another_dataset(tmp_path, caplog, kind, is_stream):
+    """Other prompts are refused, or begun with as the user says; corrected traces of the same prompts are not."""
+    tiny.save_tiny_model(tmp_path / "model")
+
+    def make(rows, **kwargs):
+        options = {"steps_per_generation": 4, "gradient_accumulation_steps": 1, "save_strategy": "steps"}
+        args = tiny.make_args(tmp_path / "out", **options, save_steps=2, **kwargs)
+        dataset = Dataset.from_list(rows)
+        dataset = dataset.to_iterable_dataset() if is_stream else dataset
+        return LuffyTrainer(str(tmp_path / "model"), tiny.share_of_digits, args, dataset)
+
+    make(tiny.addition_rows(8), max_steps=2).train()
+    resumed = make(other_rows(kind), max_steps=3)
+    if kind == "other traces":
+        resumed.train(resume_from_checkpoint=True)
+        assert not caplog.text
+        return
+    with pytest.raises(ValueError, match="checkpoint-2 was trained on another `train_dataset` .* `ignore_data_skip="):
+        resumed.train(resume_from_checkpoint=True)
+    resumed = make(other_rows(kind), max_steps=3, ignore_data_skip=True)
+    generated = tiny.count_generated_rows(resumed.model)
+    resumed.train(resume_from_checkpoint=True)
+    assert "it was saved with other values of `train_dataset`. It is generated again" in caplog.text
+    assert sum(generated) == 12
+
+
+def test_a_checkpoint_that_does_not_name_its_dataset(tmp_path, caplog):
+    tiny.save_tiny_model(tmp_path / "model")
+    make_trainer(tmp_path, max_steps=2).train()
+    file = tmp_path / "out" / "checkpoint-2" / "generation_0.pt"
+    state = torch.load(file)
+    assert state.pop("dataset").startswith("8 rows, digest of prompts ")
+    torch.save(state, file)
+    trainer = make_trainer(tmp_path, max_steps=3)
+    generated = tiny.count_generated_rows(trainer.model)
+    trainer.train(resume_from_checkpoint=True)
+    assert generated == [] and not caplog.text

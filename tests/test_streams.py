@@ -2,12 +2,15 @@
 
 """Streams: each prompt is shown its own traces, whatever the shards, and groups are of one prompt on all processes."""
 
+import json
+
 import pytest
 import tiny
 import torch
 from datasets import Dataset, IterableDataset
 
 from luffy_trl import LuffyTrainer
+from luffy_trl.data import load_data
 
 
 def rows_with_own_traces(num_rows):
@@ -85,6 +88,34 @@ def test_groups_of_two_processes(tmp_path):
         assert len({group[0] for group in groups}) == 9  # no prompt twice in an epoch
         assert first[num_shards]["rewards"] == [1.0] * 3
     assert first[1]["prompts"] != first[4]["prompts"]  # shuffled over shards
+
+
+def test_a_broken_line_far_into_a_stream(tmp_path):
+    """The file and the line are named; what was trained until then is in a checkpoint, from which a run goes on."""
+    tiny.save_tiny_model(tmp_path / "model")
+    file = tmp_path / "rows.jsonl"
+    lines = [json.dumps({**row, "filler": "x" * 200_000}) for row in rows_with_own_traces(200)]
+    # Rows are read in parts of 10 MB, and tokenized 64 at a time: training gets to those before it
+    file.write_text("\n".join([*lines[:140], lines[140][:10], *lines[141:]]) + "\n")
+
+    def make(**kwargs):
+        options = {"per_device_train_batch_size": 16, "shuffle_dataset": False, "save_strategy": "steps", **kwargs}
+        args = tiny.make_args(tmp_path / "out", max_steps=30, save_steps=100, **options)
+        rows = load_data(str(file), streaming=True).remove_columns("filler")
+        return LuffyTrainer(str(tmp_path / "model"), tiny.share_of_digits, args, rows)
+
+    with pytest.raises(ValueError, match="Line 141 of '.*rows.jsonl' is no JSON, .* Correct the line") as error:
+        make(save_strategy="no").train()
+    assert "\n" not in str(error.value) and not list((tmp_path / "out").glob("checkpoint-*"))
+    with pytest.raises(ValueError, match="Line 141 of .* Correct the line, .* updates until then are in") as error:
+        make().train()
+    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
+    assert f"are in {checkpoint.name} of" in str(error.value) and "\n" not in str(error.value)
+    file.write_text("\n".join(lines) + "\n")
+    trainer = make()
+    trainer.train(resume_from_checkpoint=True)
+    steps = [log["step"] for log in trainer.state.log_history if "reward" in log]
+    assert steps == list(range(1, 31))
 
 
 def test_a_stream_that_is_too_short(tmp_path):

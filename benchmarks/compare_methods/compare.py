@@ -120,7 +120,7 @@ def do_all(function, runs: list[Run], folder: Path, jobs: int, description: str)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.strip().splitlines()[0])
     parser.add_argument(
         "--output_dir", type=Path, default=Path("outputs/compare_methods"), help="Where runs are kept."
     )

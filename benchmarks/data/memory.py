@@ -79,7 +79,9 @@ def measure(command: list[str]) -> tuple[float, float, float]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, nargs="+", default=[4500, 45000])
     parser.add_argument("--num_words", type=int, default=8000, help="words of a trace, each of them a token")
     parser.add_argument("--row_group", type=int, default=1000, help="rows of a row group of the source")

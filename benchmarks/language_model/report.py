@@ -339,7 +339,7 @@ def write(output_dir: Path, results_dir: Path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.strip().splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/language_model"), help="Where runs are kept.")
     parser.add_argument("--results_dir", type=Path, default=Path(__file__).parent / "results", help="Where to write.")
     args = parser.parse_args()

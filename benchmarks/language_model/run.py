@@ -479,7 +479,7 @@ def plan(args: argparse.Namespace, stage: str, settings: dict) -> list[Run]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.strip().splitlines()[0])
     parser.add_argument("--data_dir", type=Path, default=Path("outputs/language_model"), help="Made by prepare.py.")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/language_model"), help="Where runs are kept.")
     parser.add_argument("--stages", nargs="+", choices=["tune", "compare"], default=["tune", "compare"])

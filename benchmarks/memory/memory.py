@@ -23,7 +23,7 @@ MODELS = (
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.strip().splitlines()[0])
     parser.add_argument("--num_gpus", type=int, default=8, help="GPUs that train.")
     parser.add_argument("--num_prompts", type=int, default=64, help="Prompts of an update.")
     parser.add_argument("--num_generations", type=int, default=8, help="Completions of a prompt.")

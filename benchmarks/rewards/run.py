@@ -333,7 +333,9 @@ def start(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["answers", "gold", "hostile", "throughput", "start"])
     parser.add_argument("--data", default="data/valid.all.parquet", help="Parquet file with gold answers.")
     parser.add_argument("--others", type=int, default=20, help="How many other answers each gold answer is held to.")

@@ -63,7 +63,7 @@ def product_speed() -> float:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.strip().splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="4x256", help="Layers x width of the model.")
     parser.add_argument("--num_updates", type=int, default=4, help="Updates of the run.")
     parser.add_argument("--results_dir", type=Path, default=Path(__file__).parent / "results")

@@ -180,7 +180,7 @@ def plot(results: pd.DataFrame, path: Path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.strip().splitlines()[0])
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), help="What grows.")
     parser.add_argument("--results_dir", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()

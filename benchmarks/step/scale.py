@@ -118,7 +118,7 @@ def table(results: pd.DataFrame) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.strip().splitlines()[0])
     parser.add_argument("--processes", nargs="+", type=int, default=PROCESSES, help="How many processes there are.")
     parser.add_argument("--results_dir", type=Path, help="Folder for the table. If not given, it is printed only.")
     args = parser.parse_args()

@@ -273,7 +273,7 @@ def plot(rows: pd.DataFrame, path: Path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.strip().splitlines()[0])
     parser.add_argument("--repetitions", type=int, default=3, help="How often each contender runs, in alternation.")
     parser.add_argument("--num_updates", type=int, default=4, help="Updates of a run.")
     parser.add_argument("--results_dir", type=Path, default=Path(__file__).parent / "results")

@@ -112,6 +112,6 @@ def main(output_dir: Path):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.strip().splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent)
     main(parser.parse_args().output_dir)

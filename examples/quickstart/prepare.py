@@ -268,7 +268,7 @@ def count_successes(
 
 def parse_args() -> argparse.Namespace:
     """Parses the command line."""
-    parser = argparse.ArgumentParser(description="Prepare the quickstart's data and warm model.")
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="Prepare the quickstart's data and warm model.")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/quickstart"), help="Folder to write to.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the data and of the warm-up.")
     parser.add_argument(

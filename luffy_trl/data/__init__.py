@@ -3,13 +3,15 @@
 """Getting data in: from the Hub, folders and files to rows of prompts and traces."""
 
 import json
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.logging import get_logger
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_dataset_builder, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
@@ -70,7 +72,12 @@ def load_data(
     if suffix == ".csv":  # where 56 may be an answer, and a trace
         source["converters"] = dict.fromkeys(("prompt", "completion", "answer", "solution"), _as_text)
     with explained(name):
-        dataset = load_dataset(**source, streaming=streaming)
+        if streaming and path.exists():
+            builder = load_dataset_builder(**{key: value for key, value in source.items() if key != "split"})
+            builder._generate_tables = partial(_explained_tables, name, builder._generate_tables)
+            dataset = builder.as_streaming_dataset(source["split"])
+        else:
+            dataset = load_dataset(**source, streaming=streaming)
         # What is wrong with a local file would show later, and without its name
         is_empty = streaming and path.exists() and next(iter(dataset), None) is None
         if not streaming and path.is_file() and suffix != ".parquet":
@@ -78,6 +85,12 @@ def load_data(
     if is_empty:
         raise ValueError(f"{name!r} has no rows.")
     return dataset
+
+
+def _explained_tables(name: str, generate_tables: Callable[..., Iterator], *args, **kwargs) -> Iterator:
+    """What a stream reads from a local file; a broken line may be found when a run has long begun."""
+    with explained(name):
+        yield from generate_tables(*args, **kwargs)
 
 
 def _as_text(cell: str) -> str | None:

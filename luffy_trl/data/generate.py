@@ -25,10 +25,10 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
+from ..arguments import Parser
 from ..endpoints import Endpoint
-from ..errors import in_one_line
+from ..errors import in_one_line, in_one_line_if_interrupted
 from ..journal import Journal
 from ..redaction import without_credentials
 from .openr1 import Checker, OpenR1Arguments, Report, locked, stream, to_row, write_training_data
@@ -113,7 +113,9 @@ class GenerateArguments(OpenR1Arguments):
         if self.verify == "flags":
             raise ValueError("`verify='flags'` is for traces that a dataset brings. Use 'math_verify' or 'none'.")
         if not self.base_url.startswith(("http://", "https://")):
-            raise ValueError(f"`base_url` must begin with http:// or https://, got {self.base_url!r}.")
+            raise ValueError(
+                f"`base_url` must begin with http:// or https://, got {self.base_url.rpartition('@')[2]!r}."
+            )
         if self.api_key_env is not None and not os.environ.get(self.api_key_env):
             raise ValueError(f"`api_key_env` names the environment variable {self.api_key_env}, which is not set.")
         if not re.fullmatch("[!-~]*", self.api_key):
@@ -468,5 +470,5 @@ def _run(args: GenerateArguments, checker: Checker, journal: Journal) -> Report:
 
 
 if __name__ == "__main__":
-    with in_one_line():
-        main(*HfArgumentParser(GenerateArguments, prog="luffy prepare-data generate").parse_args_into_dataclasses())
+    with in_one_line_if_interrupted("Give the command again to go on: what was answered is kept."), in_one_line():
+        main(*Parser(GenerateArguments, prog="luffy prepare-data generate").parse_args_into_dataclasses())

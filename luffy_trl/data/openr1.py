@@ -30,8 +30,9 @@ import pyarrow.parquet as pq
 from datasets import Features, List, Value, load_dataset_builder
 from datasets.packaged_modules.parquet.parquet import ParquetConfig
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, HfArgumentParser
+from transformers import AutoTokenizer
 
+from ..arguments import Parser
 from ..chat_templates import SYSTEM_PROMPT
 from ..demonstrations import (
     DemonstrationTokenizer,
@@ -692,4 +693,4 @@ def main(args: OpenR1Arguments):
 
 if __name__ == "__main__":
     with in_one_line():
-        main(*HfArgumentParser(OpenR1Arguments, prog="luffy prepare-data openr1").parse_args_into_dataclasses())
+        main(*Parser(OpenR1Arguments, prog="luffy prepare-data openr1").parse_args_into_dataclasses())

@@ -20,12 +20,12 @@ from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from trl.trainer.utils import pad, selective_log_softmax
 
+from ..arguments import Parser
 from ..demonstrations import find_eos_token_ids, load_generation_config, to_supervised, tokenize_demonstrations
 from ..errors import in_one_line, loading_model
 from . import load_data
@@ -180,4 +180,4 @@ def main(args: ScoreArguments):
 
 if __name__ == "__main__":
     with in_one_line():
-        main(*HfArgumentParser(ScoreArguments, prog="luffy prepare-data score").parse_args_into_dataclasses())
+        main(*Parser(ScoreArguments, prog="luffy prepare-data score").parse_args_into_dataclasses())

@@ -8,15 +8,18 @@ position among them, and the metrics that have not been logged yet; and the orde
 to be drawn again as it was.
 """
 
+import hashlib
 import json
 from collections.abc import Callable
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object, send_to_device
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
@@ -27,6 +30,8 @@ from ..processes import find_checkpoints
 logger = get_logger(__name__)
 
 _KEPT_BY_ALL = "kept_by_all.pt"
+_PROMPTS_DIGESTED = 1000
+_PROMPTS_OF_A_STREAM = 8
 _OF_VERSION_0_1 = (
     "num_processes",
     "per_device_train_batch_size",
@@ -140,6 +145,7 @@ class ResumingTrainer(GRPOTrainer):
             file = self._generation_file(folder)
             state = {
                 "geometry": self._geometry(),
+                "dataset": self._dataset_fingerprint,
                 "buffered_inputs": self._buffered_inputs if self._is_within_generation() else None,
                 **self.generation_state(),
             }
@@ -209,6 +215,7 @@ class ResumingTrainer(GRPOTrainer):
     def _load_generation(self, folder: Path):
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
         state, problem = self._read_generation(self._generation_file(folder))
+        self._check_dataset(folder, (state or {}).get("dataset"))
         # What a process generates for, it generates together with the others: all use what they have, or none
         problems = sorted({other for other in gather_object([problem]) if other})
         if problems:
@@ -221,6 +228,30 @@ class ResumingTrainer(GRPOTrainer):
         state = send_to_device(state, self.accelerator.device)
         self._buffered_inputs = state["buffered_inputs"]
         self.load_generation_state(state)
+
+    def _check_dataset(self, folder: Path, saved: str | None):
+        """Raises a `ValueError`, on all processes, if a checkpoint is of other data. Older ones do not say."""
+        is_another = saved is not None and saved != self._dataset_fingerprint
+        if any(gather_object([is_another])) and not self.args.ignore_data_skip:
+            raise ValueError(
+                f"{folder} was trained on another `train_dataset` ({saved}, and this one has "
+                f"{self._dataset_fingerprint}), and a resumed run goes on at the same row of the same prompts. Give "
+                "it that data, with the same `max_prompt_length`; or set `ignore_data_skip=True`, to begin with the "
+                "first row of this one."
+            )
+
+    @cached_property
+    def _dataset_fingerprint(self) -> str:
+        """The number of rows and a digest of some of the prompts; of a stream, of the first."""
+        dataset = self.train_dataset
+        if isinstance(dataset, IterableDataset):
+            size, prompts = "a stream", [row["prompt"] for row in islice(dataset, _PROMPTS_OF_A_STREAM)]
+        else:
+            size = f"{len(dataset)} rows"
+            numbers = range(0, len(dataset), max(len(dataset) // _PROMPTS_DIGESTED, 1))
+            prompts = dataset.select_columns("prompt").select([*numbers, len(dataset) - 1])["prompt"][:]
+        text = json.dumps(prompts, sort_keys=True, default=repr)
+        return f"{size}, digest of prompts {hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
     def _generation_file(self, folder: Path) -> Path:
         return folder / f"generation_{self.accelerator.process_index}.pt"
@@ -240,7 +271,7 @@ class ResumingTrainer(GRPOTrainer):
         }
 
     def _read_generation(self, file: Path) -> tuple[dict[str, Any] | None, str | None]:
-        """What a process has saved, or why it cannot be used."""
+        """What a process has saved, as far as it can be read, and why its batch cannot be used."""
         if not file.exists():
             return None, f"{file.name} is missing"
         try:
@@ -253,10 +284,12 @@ class ResumingTrainer(GRPOTrainer):
         if isinstance(saved, list):  # of version 0.1
             saved = _options_of_version_0_1(saved, state["buffered_inputs"], self.args)
         differing = [name for name, value in saved.items() if wanted.get(name) != value]
+        if state.get("dataset", self._dataset_fingerprint) != self._dataset_fingerprint:
+            differing.append("train_dataset")
         if differing:
-            return None, f"it was saved with other values of `{'`, `'.join(differing)}`"
+            return state, f"it was saved with other values of `{'`, `'.join(differing)}`"
         if state["buffered_inputs"] is not None and len(state["buffered_inputs"]) != self.args.steps_per_generation:
-            return None, f"{file.name} has {len(state['buffered_inputs'])} batches"
+            return state, f"{file.name} has {len(state['buffered_inputs'])} batches"
         return state, None
 
 

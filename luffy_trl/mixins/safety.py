@@ -4,11 +4,16 @@
 
 import atexit
 
+from accelerate.logging import get_logger
 from datasets import IterableDataset
+from transformers.trainer_utils import SaveStrategy
 from trl import GRPOTrainer
 
 from ..checks import check_finite
 from ..processes import OneStream, end_processes, locked
+
+
+logger = get_logger(__name__)
 
 
 class SafeTrainer(GRPOTrainer):
@@ -18,9 +23,13 @@ class SafeTrainer(GRPOTrainer):
     - Overrides `train`: no other run may write to the folder, a stream that is too short is an error, and the process
       group is closed when Python ends.
     - Overrides `_get_dataloader`: on several processes the rows of a group in a stream belong to one prompt.
+    - Overrides `get_batch_samples`: where a row of a stream cannot be used, what was trained until then is saved.
+    - Overrides `_calculate_rewards`: a batch that no reward function gives a reward is a warning that names them.
     - Overrides `compute_loss` and `_get_grad_norm`: what is not finite does not reach the weights.
     - Keeps every number of TRL.
     """
+
+    _has_warned_of_no_rewards = False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
         with locked(self.args.output_dir):
@@ -42,6 +51,32 @@ class SafeTrainer(GRPOTrainer):
         if isinstance(dataset, IterableDataset) and self.accelerator.num_processes > 1:
             dataset = OneStream(dataset)
         return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        try:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        except ValueError as error:  # of the data, and so on all processes: each reads all of a stream
+            is_kept = self.args.save_strategy == SaveStrategy.NO or self.state.global_step == 0
+            if is_kept or not isinstance(self.train_dataset, IterableDataset):
+                raise
+            step = self.state.global_step
+            self._save_checkpoint(self.model, trial=None)
+            raise ValueError(
+                f"{error} The {step} updates until then are in checkpoint-{step} of {self.args.output_dir!r}, from "
+                "which `resume_from_checkpoint` continues."
+            ) from error
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if not self._has_warned_of_no_rewards and rewards.isnan().all():
+            self._has_warned_of_no_rewards = True
+            names = "`, `".join(dict.fromkeys(self.reward_func_names))
+            logger.warning(
+                f"No completion of a batch of {len(rewards)} got a reward from `{names}`: all are None or NaN. Such a "
+                "batch has the loss 0 and teaches nothing. Check what the reward functions return, and the columns "
+                "that they read, such as the gold answers. `luffy inspect` shows what each trace earns."
+            )
+        return rewards
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

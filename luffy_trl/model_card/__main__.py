@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import ModelCard
-from trl import TrlParser
 
+from ..arguments import Parser
 from ..errors import in_one_line
 from .results import EVALUATION_DIR, add_evaluation
 
@@ -58,4 +58,4 @@ def main(args: CardArguments):
 
 if __name__ == "__main__":
     with in_one_line():
-        main(*TrlParser(CardArguments, prog="python -m luffy_trl.model_card").parse_args_and_config())
+        main(*Parser(CardArguments, prog="python -m luffy_trl.model_card").parse_args_and_config())

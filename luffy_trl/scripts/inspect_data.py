@@ -21,8 +21,9 @@ import yaml
 from rich.console import Console
 from rich.text import Text
 from transformers import AutoConfig, AutoTokenizer
-from trl import ModelConfig, TrlParser, get_peft_config
+from trl import ModelConfig, get_peft_config
 
+from ..arguments import Parser
 from ..checks import reward_name
 from ..cli import PACKAGE
 from ..data import load_data
@@ -341,9 +342,9 @@ def write_estimates(printer: Printer, findings: Findings, args: PlannedConfig, m
         printer.line(f"  vLLM takes {args.vllm_gpu_memory_utilization:.0%} of the GPU beside it.")
 
 
-def make_parser(**kwargs) -> TrlParser:
+def make_parser(**kwargs) -> Parser:
     """The parser of the command line."""
-    parser = TrlParser((InspectArguments, LuffyScriptArguments, PlannedConfig, ModelConfig), **kwargs)
+    parser = Parser((InspectArguments, LuffyScriptArguments, PlannedConfig, ModelConfig), **kwargs)
     parser.add_argument("dataset", nargs="?", help="Short for --dataset_name.")
     parser.add_argument("--model", help="Short for --model_name_or_path.")
     return parser

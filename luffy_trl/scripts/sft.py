@@ -19,11 +19,11 @@ from trl import (
     ScriptArguments,
     SFTConfig,
     SFTTrainer,
-    TrlParser,
     get_peft_config,
     get_quantization_config,
 )
 
+from ..arguments import Parser
 from ..checks import check_machine, check_model
 from ..data import load_data, without_long_prompts
 from ..demonstrations import (
@@ -32,7 +32,7 @@ from ..demonstrations import (
     to_supervised,
     tokenize_demonstrations,
 )
-from ..errors import in_one_line, loading_model
+from ..errors import TO_RESUME, in_one_line, in_one_line_if_interrupted, loading_model
 from ..options import described, explained_arguments, own_fields
 from ..processes import check_output_dir, start_script
 
@@ -151,9 +151,9 @@ def main(script_args: SFTScriptArguments, training_args: TraceSFTConfig, model_a
     trainer.end()
 
 
-def make_parser(**kwargs) -> TrlParser:
+def make_parser(**kwargs) -> Parser:
     """The parser of the command line, for `luffy` as well."""
-    return TrlParser((SFTScriptArguments, TraceSFTConfig, ModelConfig), **kwargs)
+    return Parser((SFTScriptArguments, TraceSFTConfig, ModelConfig), **kwargs)
 
 
 # What `luffy sft -h` shows: the options of this package, and those that every run sets
@@ -169,7 +169,7 @@ OWN_OPTIONS = {
 def run(args: list[str] | None = None, prog: str = "luffy sft"):
     """The command, in a process of its own or in that of `luffy`."""
     start_script()
-    with in_one_line():
+    with in_one_line_if_interrupted(TO_RESUME), in_one_line():
         main(*make_parser(prog=prog).parse_args_and_config(args))
 
 

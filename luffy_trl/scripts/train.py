@@ -19,13 +19,14 @@ from types import ModuleType
 
 from accelerate.logging import get_logger
 from transformers import AutoTokenizer
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 from trl.rewards import accuracy_reward, reasoning_accuracy_reward, think_format_reward
 
+from ..arguments import Parser
 from ..checks import check_machine, check_model, check_reward_columns, check_vllm_server, without_options
 from ..data import load_data, without_long_prompts
 from ..demonstrations import find_eos_token_ids, load_generation_config
-from ..errors import in_one_line, loading_model
+from ..errors import TO_RESUME, in_one_line, in_one_line_if_interrupted, loading_model
 from ..inspection import inspect_dataset
 from ..luffy_config import LuffyConfig
 from ..luffy_trainer import LuffyTrainer
@@ -230,9 +231,9 @@ def main(script_args: LuffyScriptArguments, training_args: LuffyConfig, model_ar
     trainer.end()
 
 
-def make_parser(**kwargs) -> TrlParser:
+def make_parser(**kwargs) -> Parser:
     """The parser of the command line, for `luffy` as well."""
-    return TrlParser((LuffyScriptArguments, LuffyConfig, ModelConfig), **kwargs)
+    return Parser((LuffyScriptArguments, LuffyConfig, ModelConfig), **kwargs)
 
 
 # What `luffy train -h` shows: the options of this package, and those that every run sets
@@ -249,7 +250,7 @@ OWN_OPTIONS = {
 def run(args: list[str] | None = None, prog: str = "luffy train"):
     """The command, in a process of its own or in that of `luffy`."""
     start_script()
-    with in_one_line():
+    with in_one_line_if_interrupted(TO_RESUME), in_one_line():
         main(*make_parser(prog=prog).parse_args_and_config(args))
 
 
