@@ -7,9 +7,9 @@ import os
 import re
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urljoin, urlsplit
+from urllib.parse import urljoin, urlsplit
 
-from .redaction import Redactor, basic_auth, without_credentials
+from .redaction import Redactor, basic_auth, credentials_of, without_credentials
 
 
 # The last one tells the client itself to leave the answer as it is
@@ -34,10 +34,9 @@ class Endpoint:
 
     def __init__(self, base_url: str, key: str = "", use_netrc: bool = False):
         self.address = without_credentials(base_url)
-        parts = urlsplit(base_url)
-        login = basic_auth(unquote(parts.username or ""), unquote(parts.password or ""))
+        login = credentials_of(base_url)
         if not login and use_netrc:
-            login = basic_auth(*_find_login(parts.hostname))
+            login = basic_auth(*_find_login(urlsplit(base_url).hostname))
         self.hide = Redactor(key, *login)
         self._authorization = f"Basic {login[1]}" if login else f"Bearer {key}" if key else None
 

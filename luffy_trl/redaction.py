@@ -6,7 +6,7 @@ import base64
 import html
 import re
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 
 _SHORTEST = 6  # of a key that is looked for in answers: `EMPTY` is none, and a word that answers use
@@ -18,6 +18,12 @@ def without_credentials(url: str) -> str:
     """An address without the name, the password and the query that it may hold."""
     parts = urlsplit(url)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def credentials_of(url: str) -> list[str]:
+    """The secret of an address, and the header that is made of it; empty where it holds none."""
+    parts = urlsplit(url)
+    return basic_auth(unquote(parts.username or ""), unquote(parts.password or ""))
 
 
 def basic_auth(user: str, password: str) -> list[str]:
