@@ -1,6 +1,6 @@
 # Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
 
-"""How commands read their options: whole names only, and of a misspelled one the nearest is named."""
+"""How commands read their options: no abbreviations, and of a misspelled name the nearest is suggested."""
 
 import argparse
 import difflib

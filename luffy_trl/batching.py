@@ -5,7 +5,7 @@ Micro-batches that waste little on padding: tensors in, tensors out, no trainer.
 
 TRL pads every micro-batch to the longest completion of the generation batch. One long demonstration for each seven
 shorter rollouts makes most of that padding. Here the sequences of one optimizer step, those of all processes, are
-sorted by length, cut into micro-batches of any number of rows, each as wide as its own longest, and dealt to the
+sorted by length, cut into micro-batches of any number of rows, each as wide as its own longest, and distributed to the
 processes so that all have as much to do. Which sequences an optimizer step sees does not change.
 """
 
@@ -248,9 +248,9 @@ class Runs:
         return cuts[::-1]
 
 
-def deal(micro_batches: list, tokens: list[int], num_processes: int) -> list[list]:
+def distribute(micro_batches: list, tokens: list[int], num_processes: int) -> list[list]:
     """
-    Deals micro-batches to processes, so that all have as many, much alike in each round and in sum.
+    Distributes micro-batches to processes, so that all have as many, much alike in each round and in sum.
 
     Args:
         micro_batches (`list`):
@@ -267,7 +267,7 @@ def deal(micro_batches: list, tokens: list[int], num_processes: int) -> list[lis
     shares: list[list] = [[] for _ in range(num_processes)]
     totals = [0] * num_processes
     for start in range(0, len(order), num_processes):
-        # The process that has had the least takes the largest
+        # The process with the fewest tokens so far takes the largest
         processes = sorted(range(num_processes), key=totals.__getitem__)
         for process, number in zip(processes, order[start : start + num_processes], strict=True):
             shares[process].append(micro_batches[number])
@@ -386,7 +386,7 @@ def plan_processes(
     table, starts = table[np.concatenate(plan)], np.cumsum(sizes) - sizes
     widths = np.maximum.reduceat(table, starts)
     tokens = np.add.reduceat(table.sum(1), starts) if padding_free else sizes * widths.sum(1)
-    shares = deal(list(zip(plan, widths.tolist(), strict=True)), tokens.tolist(), num_processes)
+    shares = distribute(list(zip(plan, widths.tolist(), strict=True)), tokens.tolist(), num_processes)
     numbers = place([[row for rows, _ in share for row in rows] for share in shares], lengths.sum(1).tolist())
     return [shares[number] for number in numbers]
 

@@ -49,7 +49,7 @@ class EvaluationCallback(TrainerCallback):
         top_p (`float`, *optional*, defaults to `1.0`):
             Probability mass to sample from.
         max_tokens (`int`, *optional*):
-            Most tokens of a completion. Default: the `max_completion_length` of the trainer.
+            Maximum number of tokens of a completion. Default: the `max_completion_length` of the trainer.
         batch_size (`int`, *optional*):
             Samples of a batch on each process. Default: `per_device_eval_batch_size`.
         template (`str`, *optional*, defaults to `"own"`):

@@ -66,7 +66,7 @@ class DemonstrationTokenizer:
         eos_token_ids (`list[int]`):
             Every token that ends generation. The first is appended where the chat template does not say which.
         max_length (`int`):
-            Most tokens that a demonstration may have, the end-of-sequence token included.
+            Maximum number of tokens that a demonstration may have, the end-of-sequence token included.
         overflow (`str`, *optional*, defaults to `"drop"`):
             What to do with a longer trace: `"drop"`, `"truncate"` or `"error"`.
         chat_template_kwargs (`dict`, *optional*):
@@ -131,7 +131,7 @@ class DemonstrationTokenizer:
 
     def tokenize(self, rows: dict[str, list], indices: list[int]) -> list[tuple[int, int, str, list[int]]]:
         """
-        The token ids of every trace of a batch, whole, however long.
+        The token ids of every trace of a batch, complete, however long.
 
         Args:
             rows (`dict[str, list]`):
@@ -220,7 +220,7 @@ class DemonstrationTokenizer:
             content = trace[0]["content"]
         else:
             expected = "a string or one assistant message (`role` and `content`) in a list" if is_chat else "a string"
-            raise ValueError(f"{name} must be {expected}, got {str(trace)[:100]!r}. Mend the row, or drop it.")
+            raise ValueError(f"{name} must be {expected}, got {str(trace)[:100]!r}. Fix the row, or drop it.")
 
         if not is_chat:
             prompt_text, end_text, closing, end_id = prompt, "", "", self.eos_token_ids[0]
@@ -334,7 +334,7 @@ class DemonstrationTokenizer:
 
 def check_prompt(prompt: Any, index: int):
     """Raises a `ValueError` that names the row, if a prompt is neither a text nor chat messages that ask something."""
-    hint = "Mend the row, or drop it."
+    hint = "Fix the row, or drop it."
     if isinstance(prompt, str) and prompt:
         if not _MESSAGES.match(prompt):
             return
@@ -590,7 +590,7 @@ def tokenize_demonstrations(
 
 
 def _identify(rows: dict[str, list]) -> list[int]:
-    """A number for each row that depends on its content alone: the rows of a stream are counted in each shard anew."""
+    """A number for each row that depends on its content alone: each shard of a stream counts its rows from 0."""
     numbers = []
     for values in zip(*rows.values(), strict=True):
         text = json.dumps(values, default=lambda value: value.tolist() if hasattr(value, "tolist") else repr(value))

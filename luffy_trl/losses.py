@@ -286,7 +286,7 @@ def group_advantages(
     r"""
     Advantages of completions that come in groups, some of which are demonstrations (arXiv 2504.14945, section 3.2).
 
-    A = r - mean, where the mean is over the whole group (the paper) or over its rollouts only (the released code's
+    A = r - mean, where the mean is over the group (the paper) or over its rollouts only (the released code's
     `grpo_split`). Without demonstrations both are GRPO's advantages, to the last bit.
 
     Args:

@@ -20,7 +20,7 @@ logger = get_logger(__name__)
 class RunningMetrics:
     """
     Metrics that are summed where they arise, and reduced over processes and divided once, when they are logged: so
-    micro-batches and processes weigh as much as they hold, and nothing waits for a number.
+    micro-batches and processes are weighted by what they hold, and nothing waits for a number.
 
     Args:
         device (`torch.device`):
@@ -243,7 +243,7 @@ def describe_lengths(lengths: torch.Tensor, is_truncated: torch.Tensor) -> dict[
             Whether it does not end by itself, of shape `(N,)`.
 
     Returns:
-        `dict[str, float]`: `completions/clipped_ratio`, and the mean, least and greatest length of all and of those
+        `dict[str, float]`: `completions/clipped_ratio`, and the mean, minimum and maximum length of all and of those
         that end by themselves.
     """
     lengths = lengths.float()
@@ -297,7 +297,7 @@ def describe_sampling(batch: dict[str, torch.Tensor], accelerator: Accelerator) 
             Of the trainer. All processes must call this together.
 
     Returns:
-        `dict[str, float]`: `sampling/sampling_logp_difference/mean`, and the mean, least and greatest of
+        `dict[str, float]`: `sampling/sampling_logp_difference/mean`, and the mean, minimum and maximum of
         `sampling/importance_sampling_ratio`.
     """
     is_rollout = batch["completion_mask"].bool() & ~batch["demonstration_mask"]

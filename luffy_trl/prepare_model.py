@@ -12,7 +12,7 @@ its own output, changes nothing.
 
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -26,9 +26,10 @@ from transformers import (
 )
 
 from .arguments import Parser
-from .chat_templates import CHAT_TEMPLATES, get_chat_template
+from .chat_templates import get_chat_template
 from .demonstrations import load_generation_config
 from .errors import in_one_line, loading_model
+from .options import described
 
 
 _COPIED = ["*.safetensors", "*.safetensors.index.json", "*.py", "LICENSE*", "NOTICE*"]
@@ -36,6 +37,7 @@ _COPIED = ["*.safetensors", "*.safetensors.index.json", "*.py", "LICENSE*", "NOT
 _PAD_TOKENS = ["<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|fim_pad|>", "<|endoftext|>", "<unk>"]
 
 
+@described
 @dataclass
 class PrepareArguments:
     """
@@ -58,22 +60,13 @@ class PrepareArguments:
             Whether to run code that comes with the model.
     """
 
-    model_name_or_path: str = field(metadata={"help": "The base model: on the Hub, or a local folder."})
-    output_dir: str = field(metadata={"help": "Where to write the prepared model."})
-    chat_template: str = field(
-        default="luffy",
-        metadata={"help": f"{', '.join(CHAT_TEMPLATES)}, a .jinja file, or keep for the tokenizer's own."},
-    )
-    max_position_embeddings: int = field(
-        default=16384,
-        metadata={"help": "Positions that the model needs at least. One that has them is left as it is."},
-    )
-    rope_theta: float | None = field(
-        default=None,
-        metadata={"help": "Base of the rotary embedding. By default it grows as the positions do."},
-    )
-    revision: str | None = field(default=None, metadata={"help": "Revision of the model on the Hub."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+    model_name_or_path: str
+    output_dir: str
+    chat_template: str = "luffy"
+    max_position_embeddings: int = 16384
+    rope_theta: float | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
 
 
 def extend_positions(config: PreTrainedConfig, max_position_embeddings: int, rope_theta: float | None = None) -> None:
@@ -239,7 +232,7 @@ def main(args: PrepareArguments):
 
 
 def _copy(source: Path, target: Path):
-    """Copies a file, unless it is there; under its name only when it is whole."""
+    """Copies a file, unless it is there; under its name only when it is complete."""
     stat = source.stat()
     if target.exists() and (os.path.samefile(source, target) or _same(stat, target.stat())):
         return

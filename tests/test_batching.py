@@ -15,7 +15,7 @@ from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadMo
 from trl import GRPOConfig, GRPOTrainer
 
 from luffy_trl import LuffyConfig, LuffyTrainer, batching
-from luffy_trl.batching import deal, needs_position_ids, place, plan_micro_batches, resize, round_up, select
+from luffy_trl.batching import distribute, needs_position_ids, place, plan_micro_batches, resize, round_up, select
 
 
 def padded_tokens(plan, prompts, completions):
@@ -204,7 +204,7 @@ def test_a_cut_that_does_not_exist_is_refused():
 
 def test_processes_have_as_much_to_do():
     tokens = [90, 10, 50, 60, 40, 30]
-    shares = deal([[number] for number in range(6)], tokens, 2)
+    shares = distribute([[number] for number in range(6)], tokens, 2)
     # 90 and 60; then 50 to the lesser and 40; then 30 to the lesser (60 + 50 = 110 < 90 + 40 = 130) and 10
     assert shares == [[[0], [4], [1]], [[3], [2], [5]]]
 

@@ -280,6 +280,49 @@ def test_the_recipe_lists_what_differs_from_the_defaults(model_path, tmp_path):
     assert "secret" not in card
 
 
+def test_the_example_is_what_a_run_writes(model_path, tmp_path):
+    """`model_card/example.md`: the same sections and settings as the card of a run like it."""
+    example = (Path(command.__file__).parent / "example.md").read_text()
+    trainer = make_trainer(model_path, tmp_path)
+    trainer.train()
+    trainer.create_model_card(dataset_name="someone/additions")
+
+    def outline(card):
+        names = [line.partition(" |")[0] for line in card.splitlines() if line.startswith("| ")]
+        return re.findall("^##? .*$", card, re.MULTILINE)[1:], names
+
+    assert outline(example) == outline(read_card(trainer))
+    assert hub_server.find_faults(example) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (
+            {"objective": "rl_plus"},
+            "Their tokens are weighted as in [RL-PLUS]",
+        ),
+        ({"objective": "srft"}, "The loss is that of [SRFT](https://huggingface.co/papers/2506.19767): it adds"),
+        (
+            {"objective": "oapl", "num_demonstrations": 0},
+            "[OAPL](https://huggingface.co/papers/2602.19362): a",
+        ),
+        (
+            {"replay_ratio": 0.5, "num_demonstrations": 0},
+            "In up to 50% of the groups one completion is an earlier success of the model's own, as",
+        ),
+        (
+            {"demonstration_policy": "on_failure", "hint_source": "trace"},
+            "Where all completions of a group fail, it is sampled once more with hints in the prompt, as",
+        ),
+    ],
+)
+def test_a_card_names_the_method(model_path, tmp_path, options, expected):
+    trainer = make_trainer(model_path, tmp_path, **options)
+    trainer.create_model_card(dataset_name="someone/additions")
+    assert expected in " ".join(read_card(trainer).split())
+
+
 def test_a_card_without_demonstrations(model_path, tmp_path):
     trainer = make_trainer(
         model_path, tmp_path, num_demonstrations=0, ratio_clipping="on_policy", length_aware_batching=False

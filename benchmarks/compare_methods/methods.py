@@ -113,7 +113,7 @@ class Task:
         make_splits (`Callable[[int], DatasetDict]`): Makes the splits of a seed.
         warm_up_config (`type`): Settings of the warm-up; `seed` is an argument of it.
         sample_document (`Callable`): Draws a document of the warm-up.
-        max_completion_length (`int`): Most tokens of a completion, in training and evaluation.
+        max_completion_length (`int`): Maximum number of tokens of a completion, in training and evaluation.
         out_of_distribution (`tuple[str, str]`): Names of the two splits that no trace resembles.
     """
 

@@ -157,7 +157,7 @@ def without_long_prompts(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The policy's tokenizer.
         max_length (`int`):
-            Most tokens that a prompt may have.
+            Maximum number of tokens that a prompt may have.
         chat_template_kwargs (`dict`, *optional*):
             Passed to the chat template.
 

@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
 
@@ -30,6 +30,7 @@ from ..arguments import Parser
 from ..endpoints import Endpoint
 from ..errors import in_one_line, in_one_line_if_interrupted
 from ..journal import Journal
+from ..options import described
 from ..redaction import without_credentials
 from .openr1 import Checker, OpenR1Arguments, Report, locked, stream, to_row, write_training_data
 
@@ -44,6 +45,7 @@ _MAX_WAIT = 3600.0  # seconds: an endpoint that asks for more is asked again
 _failure: ContextVar[str | None] = ContextVar("failure", default=None)  # of the request that this task repeats
 
 
+@described
 @dataclass(kw_only=True)
 class GenerateArguments(OpenR1Arguments):
     r"""
@@ -64,16 +66,16 @@ class GenerateArguments(OpenR1Arguments):
         top_p (`float`, *optional*, defaults to `0.95`):
             Sampling threshold.
         max_tokens (`int`, *optional*, defaults to `8192`):
-            Most tokens of an answer, as the teacher counts them. One that is cut is dropped.
+            Maximum number of tokens of an answer, as the teacher counts them. One that is cut is dropped.
         instruction (`str`, *optional*):
             What the teacher is told behind the question; it does not go into the data. By default to reason step by
             step, and to put the final answer within `\boxed{}`.
         send_system_prompt (`bool`, *optional*, defaults to `False`):
             Whether the teacher sees the system message of a prompt. It was written for the policy.
         concurrency (`int`, *optional*, defaults to `16`):
-            Most requests under way at once.
+            Maximum number of requests under way at once.
         requests_per_minute (`float`, *optional*):
-            Most requests that are started in a minute.
+            Maximum number of requests that are started in a minute.
         timeout (`float`, *optional*, defaults to `1800.0`):
             Seconds to wait for an answer.
         max_retries (`int`, *optional*, defaults to `8`):
@@ -84,29 +86,20 @@ class GenerateArguments(OpenR1Arguments):
             Where answers are kept. Defaults to the output folder's name and `.journal.jsonl`.
     """
 
-    base_url: str = field(metadata={"help": "The endpoint, up to /v1."})
-    model: str = field(metadata={"help": "Name of the teacher there."})
-    api_key_env: str | None = field(default=None, metadata={"help": "Environment variable that holds the key."})
-    num_traces: int = field(default=1, metadata={"help": "Traces to ask for, for each problem."})
-    temperature: float = field(default=0.6, metadata={"help": "Sampling temperature."})
-    top_p: float = field(default=0.95, metadata={"help": "Sampling threshold."})
-    max_tokens: int = field(default=8192, metadata={"help": "Most tokens of an answer. One that is cut is dropped."})
-    instruction: str = field(
-        default="Please reason step by step, and put your final answer within \\boxed{}.",
-        metadata={"help": "What the teacher is told behind the question. It does not go into the data."},
-    )
-    send_system_prompt: bool = field(
-        default=False, metadata={"help": "Let the teacher see the system message of a prompt."}
-    )
-    concurrency: int = field(default=16, metadata={"help": "Most requests under way at once."})
-    requests_per_minute: float | None = field(
-        default=None, metadata={"help": "Most requests that are started in a minute."}
-    )
-    timeout: float = field(default=1800.0, metadata={"help": "Seconds to wait for an answer."})
-    max_retries: int = field(default=8, metadata={"help": "How often to repeat a request that fails for now."})
-    journal_file: str | None = field(
-        default=None, metadata={"help": "Where answers are kept; by default beside output_dir."}
-    )
+    base_url: str
+    model: str
+    api_key_env: str | None = None
+    num_traces: int = 1
+    temperature: float = 0.6
+    top_p: float = 0.95
+    max_tokens: int = 8192
+    instruction: str = "Please reason step by step, and put your final answer within \\boxed{}."
+    send_system_prompt: bool = False
+    concurrency: int = 16
+    requests_per_minute: float | None = None
+    timeout: float = 1800.0
+    max_retries: int = 8
+    journal_file: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -144,7 +137,7 @@ class Pace:
 
     Args:
         requests_per_minute (`float`, *optional*):
-            Most requests that are started in a minute, evenly spread.
+            Maximum number of requests that are started in a minute, evenly spread.
     """
 
     def __init__(self, requests_per_minute: float | None = None):

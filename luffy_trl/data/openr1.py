@@ -42,6 +42,7 @@ from ..demonstrations import (
     tokenize_prompt,
 )
 from ..errors import in_one_line, loading_model
+from ..options import described
 from ..processes import holding
 from ..redaction import without_credentials
 from ..rewards import math_verify_reward
@@ -55,6 +56,7 @@ _ROWS_PER_BATCH = 100
 _TRACES_PER_CALL = 8  # of the tokenizer, which takes about a hundred bytes for each token
 
 
+@described
 @dataclass
 class OpenR1Arguments:
     """
@@ -76,9 +78,9 @@ class OpenR1Arguments:
             The policy that will be trained. Its tokenizer and its chat template measure lengths; without it, no row is
             dropped for its length.
         max_prompt_length (`int`, *optional*, defaults to `1024`):
-            Most tokens of a rendered prompt.
+            Maximum number of tokens of a rendered prompt.
         max_completion_length (`int`, *optional*, defaults to `8192`):
-            Most tokens of a trace, the one that ends it included.
+            Maximum number of tokens of a trace, the one that ends it included.
         verify (`str`, *optional*, defaults to `"math_verify"`):
             How a trace's answer is judged: `"math_verify"` (against `answer`), `"flags"` (by the dataset's own
             `correctness_math_verify`) or `"none"`.
@@ -94,34 +96,19 @@ class OpenR1Arguments:
             Whether to replace what an earlier run has written to `output_dir`.
     """
 
-    dataset_name: str = field(metadata={"help": "Dataset on the Hub, local folder or file."})
-    output_dir: str = field(metadata={"help": "Folder to write."})
-    dataset_split: str = field(default="train", metadata={"help": "Split to read."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
-    system_prompt: str | None = field(
-        default=None,
-        metadata={"help": "System message of every prompt. By default rows keep theirs, or get the paper's."},
-    )
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "The policy that will be trained: measures lengths. Without it no row is too long."},
-    )
-    max_prompt_length: int = field(default=1024, metadata={"help": "Most tokens of a rendered prompt."})
-    max_completion_length: int = field(default=8192, metadata={"help": "Most tokens of a trace."})
-    verify: Literal["math_verify", "flags", "none"] = field(
-        default="math_verify",
-        metadata={"help": "How a trace's answer is judged: math_verify, flags (the dataset's own) or none."},
-    )
-    require_think: bool = field(
-        default=True, metadata={"help": "Judge what stands behind </think>, as the recipes' reward does."}
-    )
-    evaluation_files: list[str] | None = field(
-        default=None, metadata={"help": "Benchmarks: rows with their questions are dropped."}
-    )
-    ngram_size: int = field(
-        default=13, metadata={"help": "Consecutive words shared with a benchmark's question that drop a row."}
-    )
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace what is in output_dir."})
+    dataset_name: str
+    output_dir: str
+    dataset_split: str = "train"
+    dataset_config: str | None = None
+    system_prompt: str | None = None
+    model_name_or_path: str | None = None
+    max_prompt_length: int = 1024
+    max_completion_length: int = 8192
+    verify: Literal["math_verify", "flags", "none"] = "math_verify"
+    require_think: bool = True
+    evaluation_files: list[str] | None = None
+    ngram_size: int = 13
+    overwrite_output_dir: bool = False
 
     def __post_init__(self):
         self.check_output_dir()
@@ -233,7 +220,7 @@ def to_row(raw: dict[str, Any], number: int, system_prompt: str | None = None) -
             check_prompt(prompt, number)
         prompt = [{"role": message["role"], "content": message["content"]} for message in prompt or []]
     if not prompt or not question_of(prompt):
-        raise ValueError(f"row {number}: `prompt` must hold a question, got {prompt!r}. Mend the row, or drop it.")
+        raise ValueError(f"row {number}: `prompt` must hold a question, got {prompt!r}. Fix the row, or drop it.")
     if system_prompt is not None:
         if isinstance(prompt, str):
             raise ValueError(f"row {number}: `system_prompt` needs chat messages, and `prompt` is a string.")
@@ -243,7 +230,7 @@ def to_row(raw: dict[str, Any], number: int, system_prompt: str | None = None) -
     for name, flags in (("is_reasoning_complete", complete), ("correctness_math_verify", correct)):
         if flags is not None and len(flags) != len(traces):
             raise ValueError(
-                f"row {number}: `{name}` has {len(flags)} values for {len(traces)} traces. Mend the row, or drop it."
+                f"row {number}: `{name}` has {len(flags)} values for {len(traces)} traces. Fix the row, or drop it."
             )
     return {
         "prompt": prompt,
@@ -334,7 +321,7 @@ def _evaluation_questions(files: Iterable[str]) -> Iterator[str]:
             if not question:
                 raise ValueError(
                     f"`evaluation_files`: row {number} of {name!r} has no question in `prompt`, `problem` or "
-                    "`question`. Mend the file, or leave it out."
+                    "`question`. Fix the file, or leave it out."
                 )
             yield question
 
@@ -472,7 +459,7 @@ class Report:
     requests: dict[str, int] | None = None
 
     def drop(self, row: dict[str, Any], reason: str):
-        """Counts a row that is dropped whole."""
+        """Counts a row that is dropped with all its traces."""
         self.rows[reason] += 1
         if row["demonstrations"]:
             self.traces[reason] += len(row["demonstrations"])
@@ -526,7 +513,7 @@ def locked(option: str, path: str):
 
 class ParquetFolder:
     """
-    Writes rows to the parquet files of a folder that appears, whole, when everything is written.
+    Writes rows to the parquet files of a folder that appears when everything is written.
 
     A context manager. Whatever ends it before, a kill as well, leaves no folder of that name.
 

@@ -10,7 +10,7 @@ ratio of a demonstration token is pi_theta / pi_phi instead of pi_theta / 1.
 The teacher has to share the policy's vocabulary. Its probabilities are those after the prompt as the policy sees it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,11 @@ from trl.trainer.utils import pad, selective_log_softmax
 from ..arguments import Parser
 from ..demonstrations import find_eos_token_ids, load_generation_config, to_supervised, tokenize_demonstrations
 from ..errors import in_one_line, loading_model
+from ..options import described
 from . import load_data
 
 
+@described
 @dataclass
 class ScoreArguments:
     """
@@ -55,14 +57,14 @@ class ScoreArguments:
             Precision of the teacher's weights. Log-probabilities are computed in float32.
     """
 
-    dataset_name: str = field(metadata={"help": "Dataset on the Hub, local folder or file."})
-    model_name_or_path: str = field(metadata={"help": "The policy that will be trained; its tokenizer is used."})
-    teacher_name_or_path: str = field(metadata={"help": "The model that wrote the traces."})
-    output_file: str = field(metadata={"help": "Where to write the scored dataset: a .parquet or a .jsonl file."})
-    dataset_split: str = field(default="train", metadata={"help": "Split to score."})
-    temperature: float = field(default=1.0, metadata={"help": "Temperature at which the teacher wrote."})
-    batch_size: int = field(default=8, metadata={"help": "Number of traces of a forward pass."})
-    dtype: str = field(default="bfloat16", metadata={"help": "Precision of the teacher's weights."})
+    dataset_name: str
+    model_name_or_path: str
+    teacher_name_or_path: str
+    output_file: str
+    dataset_split: str = "train"
+    temperature: float = 1.0
+    batch_size: int = 8
+    dtype: str = "bfloat16"
 
 
 def score_demonstrations(

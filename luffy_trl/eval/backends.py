@@ -57,7 +57,7 @@ class Request:
         seed (`int`):
             Seed of this sample.
         max_tokens (`int`):
-            Most tokens to generate.
+            Maximum number of tokens to generate.
     """
 
     question: int

@@ -1,6 +1,6 @@
 # Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
 
-"""The evaluation as a whole: arguments, resuming, and what is written."""
+"""The evaluation from its arguments to what is written, and how it resumes."""
 
 import gc
 import hashlib
@@ -22,6 +22,7 @@ from transformers.utils import is_peft_available
 from ..demonstrations import find_eos_token_ids, load_generation_config
 from ..errors import loading_model
 from ..journal import Journal
+from ..options import described
 from .backends import Request, Sampling, ServerBackend, TransformersBackend, VLLMBackend, sample_seed
 from .benchmarks import BENCHMARKS, Question, grade, load_questions
 from .identity import IDENTITY, base_of, identify
@@ -56,6 +57,7 @@ _SETTINGS = (
 )
 
 
+@described
 @dataclass
 class EvaluationArguments:
     r"""
@@ -90,7 +92,7 @@ class EvaluationArguments:
         top_p (`float`, *optional*, defaults to `1.0`):
             Probability mass to sample from.
         max_tokens (`int`, *optional*, defaults to `8192`):
-            Most tokens of a completion. Where the model's context ends earlier, it is cut off there.
+            Maximum number of tokens of a completion. Where the model's context ends earlier, it is cut off there.
         num_samples (`int`, *optional*):
             Samples for each question. Default: 32 for AIME and AMC, 1 for the others.
         max_questions (`int`, *optional*):
@@ -121,51 +123,32 @@ class EvaluationArguments:
             Whether to run code that comes with the model.
     """
 
-    model_name_or_path: list[str] = field(metadata={"help": "Models to evaluate, side by side in the table."})
-    output_dir: str = field(metadata={"help": "Folder for the results; an interrupted evaluation goes on there."})
-    benchmarks: list[str] | None = field(
-        default=None,
-        metadata={"help": f"{', '.join(BENCHMARKS)}, or another data_source of the files. Default: all."},
-    )
-    data_files: list[str] | None = field(
-        default=None,
-        metadata={"help": "Files with prompt and answer, or in the authors' format. The rest comes from the Hub."},
-    )
-    datasets_dir: str | None = field(
-        default=None, metadata={"help": "Folder with downloaded copies of the Hub's datasets, by dataset id."}
-    )
-    backend: str = field(default="vllm", metadata={"help": "What generates.", "choices": ["vllm", "transformers"]})
-    base_url: list[str] | None = field(
-        default=None, metadata={"help": "Address of a running vLLM server: one for all models or one for each."}
-    )
-    template: list[str] = field(
-        default_factory=lambda: ["own"],
-        metadata={"help": "Prompt template: one for all models or one for each.", "choices": list(TEMPLATES)},
-    )
-    system_prompt: str | None = field(
-        default=None, metadata={"help": "System message for the template own. Default: that of the data."}
-    )
-    temperature: float = field(default=0.6, metadata={"help": "Temperature of sampling; 0 is greedy."})
-    top_p: float = field(default=1.0, metadata={"help": "Probability mass to sample from."})
-    max_tokens: int = field(default=8192, metadata={"help": "Most tokens of a completion."})
-    num_samples: int | None = field(
-        default=None, metadata={"help": "Samples for each question. Default: 32 for AIME and AMC, 1 for the others."}
-    )
-    max_questions: int | None = field(default=None, metadata={"help": "Take only the first ones of each benchmark."})
-    seed: int = field(default=0, metadata={"help": "Seed of samples, order of options and intervals."})
-    shuffle_options: bool = field(default=True, metadata={"help": "Shuffle the options of multiple choice."})
-    require_think: bool = field(default=False, metadata={"help": "An answer counts only behind </think>."})
-    num_resamples: int = field(default=2000, metadata={"help": "Resamples of the bootstrap."})
-    dtype: str = field(default="bfloat16", metadata={"help": "Precision of the weights."})
-    batch_size: int = field(default=16, metadata={"help": "Samples of a batch of transformers."})
-    num_concurrent: int = field(default=64, metadata={"help": "Requests to the server at a time."})
-    tensor_parallel_size: int = field(default=1, metadata={"help": "GPUs for vLLM to split the model over."})
-    gpu_memory_utilization: float = field(default=0.9, metadata={"help": "Share of a GPU's memory for vLLM."})
-    max_model_len: int | None = field(default=None, metadata={"help": "Context of vLLM. Default: the model's."})
-    vllm_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "Further arguments of vllm.LLM as JSON, such as '{\"enforce_eager\": true}'."}
-    )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+    model_name_or_path: list[str]
+    output_dir: str
+    benchmarks: list[str] | None = None
+    data_files: list[str] | None = None
+    datasets_dir: str | None = None
+    backend: str = "vllm"
+    base_url: list[str] | None = None
+    template: list[str] = field(default_factory=lambda: ["own"])
+    system_prompt: str | None = None
+    temperature: float = 0.6
+    top_p: float = 1.0
+    max_tokens: int = 8192
+    num_samples: int | None = None
+    max_questions: int | None = None
+    seed: int = 0
+    shuffle_options: bool = True
+    require_think: bool = False
+    num_resamples: int = 2000
+    dtype: str = "bfloat16"
+    batch_size: int = 16
+    num_concurrent: int = 64
+    tensor_parallel_size: int = 1
+    gpu_memory_utilization: float = 0.9
+    max_model_len: int | None = None
+    vllm_kwargs: dict | str | None = None
+    trust_remote_code: bool = False
 
     def __post_init__(self):
         if self.backend not in ("vllm", "transformers"):

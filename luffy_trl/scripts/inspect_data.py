@@ -13,7 +13,7 @@ import math
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 
@@ -32,6 +32,7 @@ from ..errors import in_one_line, loading_model
 from ..estimates import model_from_config, training_memory
 from ..inspection import Findings, Trace, inspect_dataset, sources_of_prompt
 from ..luffy_config import LuffyConfig
+from ..options import described
 from .train import LuffyScriptArguments, get_reward_funcs
 
 
@@ -39,6 +40,7 @@ _STYLES = {"prompt": "cyan", "template": "magenta", "trace": "green", "end": "bo
 _ZERO_STAGES = {"FSDP": 3, "DEEPSPEED": None, "MULTI_GPU": 0, "NO": 0}
 
 
+@described
 @dataclass
 class InspectArguments:
     """
@@ -48,21 +50,20 @@ class InspectArguments:
         num_examples (`int`, *optional*, defaults to `1`):
             Rows to show with their traces.
         max_tokens_shown (`int`, *optional*, defaults to `400`):
-            Most tokens to show of a prompt or a trace; its middle is left out. `0` shows all.
+            Maximum number of tokens to show of a prompt or a trace; its middle is left out. `0` shows all.
         max_listed (`int`, *optional*, defaults to `20`):
-            Most lines of a list of rows or traces. `0` lists all.
+            Maximum number of lines of a list of rows or traces. `0` lists all.
         max_rows (`int`, *optional*):
             Rows to read; all if not given.
     """
 
-    num_examples: int = field(default=1, metadata={"help": "Rows to show with their traces."})
-    max_tokens_shown: int = field(
-        default=400, metadata={"help": "Most tokens to show of a prompt or a trace. 0 shows all."}
-    )
-    max_listed: int = field(default=20, metadata={"help": "Most lines of a list of rows or traces. 0 lists all."})
-    max_rows: int | None = field(default=None, metadata={"help": "Rows to read; all if not given."})
+    num_examples: int = 1
+    max_tokens_shown: int = 400
+    max_listed: int = 20
+    max_rows: int | None = None
 
 
+@described
 @dataclass
 class PlannedConfig(LuffyConfig):
     """
@@ -75,12 +76,8 @@ class PlannedConfig(LuffyConfig):
             Processes of the run. If not given, those of `accelerate_config`, or 1.
     """
 
-    accelerate_config: str = field(
-        default="", metadata={"help": "Accelerate configuration of the run: a file, or the name of a shipped one."}
-    )
-    num_processes: int | None = field(
-        default=None, metadata={"help": "Processes of the run; those of the accelerate configuration if not given."}
-    )
+    accelerate_config: str = ""
+    num_processes: int | None = None
 
     def __post_init__(self):
         self.use_cpu = True  # a recipe for GPUs is read on any machine
@@ -114,9 +111,9 @@ class Printer:
         console ([`~rich.console.Console`]):
             Where to.
         max_listed (`int`):
-            Most lines of a list; `0` lists all.
+            Maximum number of lines of a list; `0` lists all.
         max_tokens_shown (`int`):
-            Most tokens of a prompt or trace; `0` shows all.
+            Maximum number of tokens of a prompt or trace; `0` shows all.
     """
 
     def __init__(self, console: Console, max_listed: int = 20, max_tokens_shown: int = 400):
@@ -164,7 +161,7 @@ class Printer:
 
 
 def statistics(values: list[int]) -> list[str]:
-    """Count, least, median, mean, 95% quantile, greatest and sum."""
+    """Count, minimum, median, mean, 95% quantile, maximum and sum."""
     if not values:
         return ["0", *["-"] * 5, "0"]
     ordered = sorted(values)
