@@ -15,7 +15,7 @@ VLLM_GPU ?= vllm==0.31.0
 VLLM_BIN := .venv-vllm/bin
 GPU_BIN := .venv-gpu/bin
 
-.PHONY: test test-vllm test-gpu quickstart lint coverage format build clean
+.PHONY: test test-vllm test-gpu quickstart docs lint coverage format build clean
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

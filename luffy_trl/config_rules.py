@@ -5,6 +5,8 @@ What options of a [`LuffyConfig`] may not be, and not be together: a function fo
 are checked. Each raises a `ValueError` that names the options and says what to do.
 """
 
+import math
+import string
 import warnings
 from collections.abc import Callable
 from dataclasses import fields
@@ -74,7 +76,7 @@ _NOT_READ = {
     "srft": (
         *_ROLLOUT_OPTIONS,
         *("demonstration_ratio_min", "demonstration_ratio_max", "demonstration_entropy_share"),
-        "rollout_advantage_weight",
+        *("rollout_advantage_weight", "failed_rollouts"),
     ),
     "oapl": (
         *_ROLLOUT_OPTIONS,
@@ -88,11 +90,14 @@ _TRACE_OPTIONS = (
     "demonstration_choice",
     "demonstration_max_steps",
     "demonstration_policy",
+    "failure_threshold",
+    "failed_rollouts",
     "demonstration_loss",
     "demonstration_overflow",
     "prefix_ratio_min",
     "prefix_ratio_max",
     "prefix_schedule",
+    "prefix_schedule_steps",
 )
 _DEMONSTRATION_OPTIONS = (
     *_POLICY_GRADIENT_OPTIONS,
@@ -101,6 +106,11 @@ _DEMONSTRATION_OPTIONS = (
     "cache_demonstration_rewards",
     "cache_demonstration_ref_logps",
 )
+
+
+def num_replayed(replay_ratio: float, num_prompts: int) -> int:
+    """How many prompts of a generation batch are replayed."""
+    return math.floor(replay_ratio * num_prompts + 1e-9)
 
 
 def check_options(args: Args):
@@ -126,7 +136,8 @@ def types(args: Args):
                 raise ValueError(f"`{f.name}` must be True or False, got {value!r}.")
             continue
         is_integer = f.type in (int, int | None)
-        if isinstance(value, bool) or not isinstance(value, int if is_integer else int | float) or value != value:
+        is_number = isinstance(value, int if is_integer else int | float) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value):
             kind = "a whole number" if is_integer else "a number"
             raise ValueError(f"`{f.name}` must be {kind}, got {value!r}.")
 
@@ -202,6 +213,8 @@ def ranges(args: Args):
     for name in ("rl_plus_focal", "srft_sft_weight", "srft_success_weight"):
         if getattr(args, name) < 0:
             raise ValueError(f"`{name}` must not be negative, got {getattr(args, name)}.")
+    if args.srft_min_logp >= 0:
+        raise ValueError(f"`srft_min_logp` is a log-probability, and so below 0, got {args.srft_min_logp}.")
 
 
 def replay(args: Args):
@@ -220,6 +233,22 @@ def replay(args: Args):
         )
     if args.replay_max_trajectories < 1:
         raise ValueError(f"`replay_max_trajectories` must be at least 1, got {args.replay_max_trajectories}.")
+    num_prompts = args.generation_batch_size // args.num_generations
+    if 0 < args.replay_ratio and num_replayed(args.replay_ratio, num_prompts) < 1:
+        raise ValueError(
+            f"`replay_ratio={args.replay_ratio}` of the {num_prompts} prompts of a generation batch is less than one: "
+            "nothing would be replayed. Raise it, or `steps_per_generation`."
+        )
+    if args.replay_ratio > 0 and args.num_generations - args.num_demonstrations < 2:
+        raise ValueError(
+            f"With `num_generations={args.num_generations}` and `num_demonstrations={args.num_demonstrations}` "
+            "a group has one rollout, and is never solved in part: nothing would be replayed. Raise `num_generations`."
+        )
+    if args.replay_ratio > 0 and args.objective in ("rl_plus", "srft"):
+        raise ValueError(
+            f"`objective={args.objective!r}` has no place for the log-probs that a replay was recorded with. Set "
+            "`replay_ratio=0`, or `objective='luffy'`."
+        )
     if args.replay_ratio > 0 and args.demonstration_policy == "on_failure":
         raise ValueError(
             "`demonstration_policy='on_failure'` inserts demonstrations after rollouts were scored, and replays are "
@@ -259,11 +288,35 @@ def hints(args: Args):
     for name, minimum in (("hint_levels", 1), ("hint_warmup_steps", 0)):
         if getattr(args, name) < minimum:
             raise ValueError(f"`{name}` must be at least {minimum}, got {getattr(args, name)}.")
+    if args.hint_levels > args.num_generations:
+        raise ValueError(
+            f"`hint_levels` ({args.hint_levels}) must be at most `num_generations` ({args.num_generations}): each "
+            "completion of a group is sampled once more, under one hint."
+        )
+    if args.hint_source == "trace":
+        for name in ("demonstration_max_steps", "demonstration_probability"):
+            if args.is_set(name):
+                raise ValueError(
+                    f"`{name}={getattr(args, name)}` has no effect on hints, which `hint_source='trace'` takes from "
+                    "the traces at every step. Remove it, or set `hint_source='column'`."
+                )
+    if 0 < args.max_steps <= args.hint_warmup_steps:
+        raise ValueError(
+            f"`hint_warmup_steps={args.hint_warmup_steps}` is no less than `max_steps={args.max_steps}`: no hint "
+            "would be given. Lower it."
+        )
+    is_plain = args.hint_placement == "plain"
+    if is_plain and (args.demonstration_loss == "sft" or args.objective in ("rl_plus", "srft")):
+        name = "demonstration_loss" if args.demonstration_loss == "sft" else "objective"
+        raise ValueError(
+            f"`hint_placement='plain'` gives what a hint has helped to the log-probs under the hint as pi_phi, which "
+            f"`{name}={getattr(args, name)!r}` does not read. Set `hint_placement='prompt'`."
+        )
     try:
-        text = args.hint_template.format(prompt="P", hint="H")
-    except (KeyError, IndexError, ValueError) as error:
-        text = str(error)
-    if "P" not in text or "H" not in text:
+        names = [name for _, name, _, _ in string.Formatter().parse(args.hint_template) if name is not None]
+    except (ValueError, TypeError):
+        names = []
+    if sorted(names) != ["hint", "prompt"]:
         raise ValueError(
             f"`hint_template` is {args.hint_template!r}. It is a text with {{prompt}}, {{hint}} and no other braces."
         )
@@ -277,7 +330,7 @@ def objectives(args: Args):
                 f"`{name}={getattr(args, name)!r}` has no effect with `objective={args.objective!r}`. Remove one of "
                 "them."
             )
-    if args.objective in ("rl_plus", "srft") and not args.has_demonstrations:
+    if args.objective in ("rl_plus", "srft") and not args.has_demonstration_tokens:
         raise ValueError(
             f"`objective={args.objective!r}` is a loss on demonstrations, and there are none. Set "
             "`num_demonstrations`, or `objective='luffy'`."
@@ -287,7 +340,7 @@ def objectives(args: Args):
             f"`loss_type={args.loss_type!r}` has no effect with `objective='oapl'`, which is a mean over completions. "
             "Remove it."
         )
-    if args.ratio_clipping == "until_mixed" and not args.has_demonstrations:
+    if args.ratio_clipping == "until_mixed" and not args.has_demonstration_tokens:
         raise ValueError(
             "`ratio_clipping='until_mixed'` waits for demonstrations, and there are none. Set "
             "`ratio_clipping='on_policy'`."
@@ -339,6 +392,11 @@ def cross_entropy(args: Args):
         raise ValueError(
             f"`sft_loss_coef_min={args.sft_loss_coef_min}` has no effect without `sft_loss_coef_decay_steps`, the "
             "number of updates over which the weight falls to it."
+        )
+    if args.sft_loss_combination == "interpolate" and args.sft_loss_reduction == "loss_type":
+        raise ValueError(
+            "`sft_loss_combination='interpolate'` weights two losses that are reduced on their own, and "
+            "`sft_loss_reduction='loss_type'` makes one of them. Remove one of the two."
         )
     if args.advantage_baseline != "on_policy":
         raise ValueError(
@@ -438,11 +496,13 @@ def options_of_demonstrations(args: Args):
     """Warns of options that read demonstrations where there are none."""
     if args.num_demonstrations > 0:
         return
-    names = _TRACE_OPTIONS if args.has_demonstrations else _DEMONSTRATION_OPTIONS
-    read_by_hints = {"demonstration_policy"} if args.hint_source != "none" else set()
+    names = _TRACE_OPTIONS if args.has_demonstration_tokens else _DEMONSTRATION_OPTIONS
+    read_by_hints = set()
+    if args.hint_source != "none":
+        read_by_hints = {"demonstration_policy", "failure_threshold", "failed_rollouts"}
     without_effect = [name for name in names if args.is_set(name) and name not in read_by_hints]
     if without_effect:
-        what = "demonstrations" if not args.has_demonstrations else "traces of the dataset"
+        what = "demonstrations" if not args.has_demonstration_tokens else "traces of the dataset"
         warnings.warn(
             f"`num_demonstrations=0` trains without {what}, so {', '.join(without_effect)} have no effect.",
             stacklevel=5,

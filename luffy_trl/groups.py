@@ -118,6 +118,7 @@ class MixedBatch:
             groups that fail are sampled again before that.
         has_failed, is_solved (`torch.Tensor` of shape `(N,)`, bool, or `None`): Which rows are in a group that has
             failed, and which earn full reward.
+        metrics (`dict[str, float]`): What a source adds to the log, equal on all processes.
         is_helped (`torch.Tensor` of shape `(N,)`, bool): Which rows were sampled again, under a prompt with a hint.
         lengths (`torch.Tensor` of shape `(N,)`): Demonstration tokens of each row.
         rewards, rollout_rewards (`torch.Tensor` of shape `(N, F)` or `None`): What each row has earned, and what each
@@ -148,6 +149,7 @@ class MixedBatch:
         self.has_failed: torch.Tensor | None = None
         self.is_solved: torch.Tensor | None = None
         self.lengths = torch.zeros(len(rows) * accelerator.num_processes, dtype=torch.long, device=accelerator.device)
+        self.metrics: dict[str, float] = {}
         self.is_helped = torch.zeros_like(self.lengths, dtype=torch.bool)
         self.has_behavior_logps = False
         self.rewards: torch.Tensor | None = None
@@ -167,7 +169,9 @@ class MixedBatch:
         described = self.accelerator.gather(torch.tensor(described, device=self.accelerator.device))
         self.lengths, self.has_behavior_logps = described[:, 0], bool(described[:, 1].any())
         for row, key in enumerate(self.keys):
-            if demonstrations[row]:  # what a replaced rollout has earned is not of the demonstration
+            shown = demonstrations[row]
+            # What a replaced rollout has earned is not of the demonstration; what a hint helped to was scored already
+            if shown and shown.origin != "hinted":
                 is_kept = self.caches.scores is not None and key is not None
                 self.scores[row] = self.caches.scores.setdefault(key, {}) if is_kept else {}
 

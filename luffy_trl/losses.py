@@ -100,7 +100,7 @@ class Shaping:
     weight: float = 1.0
 
     def __call__(self, ratio: torch.Tensor) -> torch.Tensor:
-        return policy_shaping(ratio, self.kind, gamma=self.gamma, power=self.power, weight=self.weight)
+        return policy_shaping(ratio, **vars(self))
 
 
 def importance_ratio(
@@ -527,7 +527,10 @@ class Term(Protocol):
     def in_evaluation(self) -> bool: ...
 
     def __call__(self, tokens: TokenBatch, step: int) -> tuple[torch.Tensor, dict[str, Any]]:
-        """The losses, of shape `(B, T)`, and statistics: detached tensors of that shape, or numbers to be logged."""
+        """
+        The losses, of shape `(B, T)`, and statistics: numbers, which are logged under their name, and detached tensors
+        of that shape under the names that `metrics.add_micro_batch` reads.
+        """
 
     def share(self, step: int) -> float:
         """Between 0 and 1: the other terms are multiplied by 1 minus this."""

@@ -171,6 +171,8 @@ class LuffyConfig(GRPOConfig):
         replay_start_solve_rate (`float`, *optional*, defaults to `0.35`):
             Successes are collected, and replayed, from the first generation batch on of which a greater share of
             rollouts earns full reward.
+
+            Full reward is 1 from each reward function that applies to the row.
         replay_max_trajectories (`int`, *optional*, defaults to `4096`):
             Maximum number of successes that are kept, the latest ones, on each process and in each checkpoint (8 bytes
             a token).
@@ -190,6 +192,9 @@ class LuffyConfig(GRPOConfig):
             [`~luffy_trl.sources.hints.HintSource`] (Scaf-GRPO, arXiv 2510.19807, and GHPO).
         hint_levels (`int`, *optional*, defaults to `3`):
             Number of hints of `hint_source="trace"`, evenly spaced: 3 are 25, 50 and 75% of the trace.
+
+            The completions of a group are spread evenly over its hints, from the weakest to the strongest. A row with
+            more hints than `num_generations` has some of those between left out.
         hint_placement (`str`, *optional*, defaults to `"prompt"`):
             What the success is trained under: the `"prompt"` with the hint, as a rollout, or the `"plain"` one, as a
             demonstration with the log-probs under the hint as pi_phi.
@@ -388,6 +393,12 @@ class LuffyConfig(GRPOConfig):
     def has_demonstrations(self) -> bool:
         """Whether groups hold more than rollouts: traces of the dataset, replays, or what hints have helped to."""
         return self.num_demonstrations > 0 or self.replay_ratio > 0 or self.hint_source != "none"
+
+    @property
+    def has_demonstration_tokens(self) -> bool:
+        """Whether completions may begin with tokens that the policy does not sample under their prompt."""
+        has_plain_hints = self.hint_source != "none" and self.hint_placement == "plain"
+        return self.num_demonstrations > 0 or self.replay_ratio > 0 or has_plain_hints
 
     @property
     def load_options(self) -> dict[str, Any]:

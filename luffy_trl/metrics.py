@@ -178,9 +178,10 @@ def describe_batch(batch: MixedBatch, rewards: torch.Tensor, reward_weights: tor
             Weights of the reward functions.
 
     Returns:
-        `dict[str, float]`: `demonstrations/reward` and `/length`, `on_policy/solve_all` and `/solve_none`.
+        `dict[str, float]`: `demonstrations/reward` and `/length`, `on_policy/solve_all` and `/solve_none`, and what
+        the sources have added.
     """
-    metrics = {}
+    metrics = dict(batch.metrics)
     if batch.is_mixed:
         metrics["demonstrations/reward"] = rewards[batch.is_demonstration].nanmean().item()
         metrics["demonstrations/length"] = batch.lengths[batch.is_demonstration].float().mean().item()

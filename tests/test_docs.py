@@ -413,8 +413,8 @@ def matches(key, documented):
     return any(re.fullmatch(re.sub("<[^>]+>", r"[\\w.]+", name), key) for name in documented)
 
 
-def log_history(folder, evaluate=(), model=None, **kwargs):
-    rows = tiny.addition_rows(8)
+def log_history(folder, evaluate=(), model=None, reward=tiny.is_demonstration_text, **kwargs):
+    rows = [{**row, "hints": ["count"]} for row in tiny.addition_rows(8)]
     sets = {name: Dataset.from_list(rows[:1]) for name in evaluate}
     args = {
         "max_steps": 2,
@@ -425,7 +425,7 @@ def log_history(folder, evaluate=(), model=None, **kwargs):
     }
     trainer = LuffyTrainer(
         model or str(folder / "Qwen/Qwen2.5-Math-1.5B"),
-        tiny.is_demonstration_text,
+        reward,
         tiny.make_args(folder / "out", **args),
         Dataset.from_list(rows),
         sets if len(sets) > 1 else sets.get("one"),
@@ -451,10 +451,18 @@ def test_metrics_page_has_each_key_that_a_run_logs_and_no_other(folder):
         num_experts_per_tok=1,
         output_router_logits=True,
     )
+    tries = []
+
+    def second_try(completions, **kwargs):
+        tries.append(completions)
+        return [float(len(tries) % 2 == 0)] * len(completions)
+
     histories = [
         log_history(folder, evaluate=["one"], beta=0.01),
         log_history(folder, evaluate=["easy", "hard"], demonstration_loss="sft", advantage_baseline="on_policy"),
         log_history(folder, model=Qwen2MoeForCausalLM(config), length_aware_batching=False),
+        log_history(folder, replay_ratio=0.5, per_device_train_batch_size=8),
+        log_history(folder, reward=second_try, demonstration_policy="on_failure", hint_source="column"),
     ]
     logged = {key for history in histories for record in history for key in record}
     sections = read_metrics()

@@ -92,10 +92,12 @@ def log_history(folder):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipe_trains_for_a_step(recipe, tmp_path):
-    run("--config", recipe, *flags(tmp_path))
+    options = yaml.safe_load(recipe.read_text())
+    hints = ["--hint_warmup_steps", "0"] if "hint_warmup_steps" in options else []
+    run("--config", recipe, *flags(tmp_path), *hints)
     log = log_history(tmp_path)[0]
-    assert log["step"] == 1
-    num_demonstrations = yaml.safe_load(recipe.read_text()).get("num_demonstrations")
+    assert log["step"] == 1 and ("hints/helped" in log) == bool(hints)
+    num_demonstrations = options.get("num_demonstrations")
     # with `require_think` the traces are right, and what a random model writes is not: on failure they are shown too
     assert log.get("demonstrations/reward") == (None if num_demonstrations == 0 else 1.0)
     assert log["reward"] == 0

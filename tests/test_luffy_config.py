@@ -13,6 +13,8 @@ from trl import GRPOConfig
 from luffy_trl import LuffyConfig
 
 
+ON_FAILURE = {"demonstration_policy": "on_failure"}
+REPLAY = {"replay_ratio": 0.5, "per_device_train_batch_size": 8}
 HINTS = {"hint_source": "column", "demonstration_policy": "on_failure"}
 SFT = {"demonstration_loss": "sft", "advantage_baseline": "on_policy"}
 
@@ -139,10 +141,27 @@ def test_only_the_algorithms_defaults_differ_from_grpo():
         ({"prefix_ratio_min": 0.0, "prefix_schedule": "random_cosine"}, "needs `prefix_schedule_steps`"),
         ({"replay_ratio": 1.5}, "`replay_ratio` must be between 0 and 1, got 1.5"),
         ({"replay_choice": "logp"}, "`replay_choice='logp'` has no effect without replay"),
-        ({"replay_ratio": 0.5, "replay_start_solve_rate": 1.0}, "at least 0 and less than 1, got 1.0"),
-        ({"replay_ratio": 0.5, "replay_max_trajectories": 0}, "`replay_max_trajectories` must be at least 1, got 0"),
-        ({"replay_ratio": 0.5, "demonstration_policy": "on_failure"}, "replays are inserted before"),
-        ({"replay_ratio": 0.5, **SFT}, "would imitate replays"),
+        ({**REPLAY, "replay_start_solve_rate": 1.0}, "at least 0 and less than 1, got 1.0"),
+        ({**REPLAY, "replay_max_trajectories": 0}, "`replay_max_trajectories` must be at least 1, got 0"),
+        ({**REPLAY, "demonstration_policy": "on_failure"}, "replays are inserted before"),
+        ({**REPLAY, **SFT}, "would imitate replays"),
+        ({"replay_ratio": 0.5}, "`replay_ratio=0.5` of the 1 prompts of a generation batch is less than one"),
+        ({**REPLAY, "num_demonstrations": 3}, "a group has one rollout, and is never solved in part"),
+        ({**REPLAY, "objective": "rl_plus"}, "has no place for the log-probs that a replay was recorded with"),
+        ({**SFT, "sft_loss_combination": "interpolate", "sft_loss_reduction": "loss_type"}, "Remove one of the two"),
+        ({"objective": "srft", "srft_min_logp": 0.0}, "`srft_min_logp` is a log-probability, and so below 0, got 0.0"),
+        ({"objective": "oapl", "oapl_value_beta": float("inf")}, "`oapl_value_beta` must be a number, got inf"),
+        (
+            {"objective": "srft", **ON_FAILURE, "failed_rollouts": "drop"},
+            "`failed_rollouts='drop'` has no effect with",
+        ),
+        ({**HINTS, "num_demonstrations": 0, "objective": "srft"}, "is a loss on demonstrations, and there are none"),
+        ({**HINTS, "hint_placement": "plain", **SFT}, "which `demonstration_loss='sft'` does not read"),
+        ({**ON_FAILURE, "hint_source": "trace", "hint_levels": 5}, "`hint_levels` (5) must be at most"),
+        ({**ON_FAILURE, "hint_source": "trace", "demonstration_max_steps": 5}, "has no effect on hints"),
+        ({**HINTS, "max_steps": 5, "hint_warmup_steps": 5}, "no hint would be given. Lower it"),
+        ({**HINTS, "hint_template": "Problem: {hint}"}, "`hint_template` is 'Problem: {hint}'. It is a text with"),
+        ({**HINTS, "hint_template": 5}, "`hint_template` is 5. It is a text with"),
         ({"hint_levels": 2}, "`hint_levels=2` has no effect without hints"),
         ({"hint_source": "column"}, "helps groups that fail. Set `demonstration_policy='on_failure'`"),
         ({**HINTS, "hint_source": "trace", "num_demonstrations": 0}, "there are none with `num_demonstrations=0`"),

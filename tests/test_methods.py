@@ -8,6 +8,7 @@ import math
 import random
 import re
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -15,24 +16,27 @@ import pytest
 import tiny
 import torch
 from accelerate import Accelerator
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer
 
-from luffy_trl import LuffyTrainer
+from luffy_trl import LuffyTrainer, config_rules
 from luffy_trl.groups import Caches, Demonstration, MixedBatch
 from luffy_trl.losses import (
     CrossEntropy,
     Denominators,
     Objective,
     PolicyGradient,
+    Shaping,
     TokenBatch,
     high_entropy_mask,
+    policy_shaping,
 )
+from luffy_trl.methods import Method
 from luffy_trl.methods.oapl import OAPL, optimal_advantages
 from luffy_trl.methods.rl_plus import RLPlus
 from luffy_trl.methods.srft import SRFT, SRFTCrossEntropy
-from luffy_trl.sources.dataset import prefix_ratio
+from luffy_trl.sources.dataset import SCHEDULES, prefix_ratio
 from luffy_trl.sources.hints import HintSource
 from luffy_trl.sources.replay import Problem, ReplaySource
 
@@ -213,7 +217,13 @@ REPLAY = {"replay_ratio": 0.5, "replay_start_solve_rate": 0.0}
             "prefix_schedule_steps": 9,
             "demonstration_entropy_share": 0.2,
         },
-        {**REPLAY, "num_demonstrations": 0, "max_steps": 4, "ratio_clipping": "until_mixed"},
+        {
+            **REPLAY,
+            "num_demonstrations": 0,
+            "max_steps": 4,
+            "ratio_clipping": "until_mixed",
+            "per_device_train_batch_size": 8,
+        },
     ],
 )
 def test_a_step(tmp_path, options):
@@ -356,7 +366,7 @@ def test_the_success_of_lowest_entropy_is_replayed(tmp_path):
 
 
 def test_problems_are_drawn_by_how_often_they_were_solved(tmp_path):
-    source = ReplaySource(tiny.make_args(tmp_path, num_generations=4, **REPLAY))
+    source = ReplaySource(tiny.make_args(tmp_path, per_device_train_batch_size=8, **REPLAY))
     for number in range(30):
         source.problems[str(number)] = Problem({}, [], num_solved=number % 3 + 1)
     rng = random.Random(0)
@@ -385,7 +395,12 @@ def make_batch(num_solved, num_rows=8, demonstrations=0):
 
 
 def test_what_is_collected_and_retired(tmp_path):
-    options = {"replay_ratio": 0.5, "replay_start_solve_rate": 0.25, "replay_max_trajectories": 4}
+    options = {
+        "replay_ratio": 0.5,
+        "replay_start_solve_rate": 0.25,
+        "replay_max_trajectories": 4,
+        "per_device_train_batch_size": 8,
+    }
     source = ReplaySource(tiny.make_args(tmp_path, num_generations=4, **options))
     source.observe(*make_batch([1, 1]))
     assert not source.has_started and not source.problems  # a quarter is not more than a quarter
@@ -420,13 +435,16 @@ def _saved(state, folder):
 
 
 def test_a_pool_that_cannot_be_restored(tmp_path):
-    options = {**REPLAY, "save_strategy": "steps", "save_steps": 1}
+    options = {**REPLAY, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 8}
     make_trainer(tmp_path, tiny.is_even, **options).train()
     file = tmp_path / "checkpoint-1" / "kept_by_all.pt"
     state = torch.load(file)
     torch.save({"Other": {}}, file)
-    for message in ("it has no state of ReplaySource", "No such file"):
-        with pytest.raises(ValueError, match=f"kept_by_all.pt cannot be read.*{message}"):
+    for message in (
+        "cannot be read.*it has no state of ReplaySource",
+        "the state of ReplaySource: it was saved by a run",
+    ):
+        with pytest.raises(ValueError, match=f"kept_by_all.pt.*{message}"):
             make_trainer(tmp_path, tiny.is_even, **options, max_steps=2).train(resume_from_checkpoint=True)
         file.unlink(missing_ok=True)
     torch.save(state, file)
@@ -450,6 +468,58 @@ def test_the_trace_that_helps_is_shown(tmp_path):
             probs.append(logps.exp().mean().item())
         best = rows[0 if row["prompt"][0] == "0" else 1]["demonstrations"][probs.index(max(probs))]
         assert list(shown) == [*tokenizer(best)["input_ids"], tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("answer", [None, ""])
+def test_comprehension_needs_an_answer(tmp_path, answer):
+    rows = [{**row, "answer": answer} for row in tiny.addition_rows(4, lambda i: ["A", "B"])]
+    with pytest.raises(ValueError, match="the row with the prompt '.*' has none in `answer` or `solution`"):
+        make_trainer(tmp_path, rows=rows, demonstration_choice="comprehension").train()
+
+
+def test_a_stream_without_log_probs(tmp_path):
+    path = tiny.save_tiny_model(tmp_path / "model")
+    stream = IterableDataset.from_generator(lambda: iter(tiny.addition_rows(4)))
+    trainer = LuffyTrainer(path, tiny.share_of_digits, tiny.make_args(tmp_path, objective="oapl"), stream)
+    with pytest.raises(ValueError, match="has no `demonstration_logprobs`. Give it some"):
+        trainer.train()
+
+
+def test_large_groups_are_drawn_too(tmp_path):
+    source = ReplaySource(tiny.make_args(tmp_path, num_generations=90, per_device_train_batch_size=180, **REPLAY))
+    source.problems = {"a": Problem({}, [], num_solved=1), "b": Problem({}, [], num_solved=89)}
+    assert sorted(source._draw(2, random.Random(0))) == ["a", "b"]
+
+
+def test_what_is_forgotten_leaves_the_caches(tmp_path):
+    source = ReplaySource(tiny.make_args(tmp_path, **{**REPLAY, "per_device_train_batch_size": 8}))
+    batch, output, solved = make_batch([1, 0])
+    batch.caches = Caches(scores={"gone": {}, ("row", 0): {}}, ref_logps={"gone": None})
+    source.observe(batch, output, solved)
+    assert list(batch.caches.scores) == [("row", 0)] and batch.caches.ref_logps == {}
+    (key,) = (problem for problem in source.problems)
+    source.observe(*make_batch([4, 0]))
+    assert key in source.retired
+    source.observe(*make_batch([1, 0]))
+    assert key not in source.retired and key in source.problems
+
+
+def test_every_parameter_of_a_shaping_is_an_option(tmp_path):
+    for name in (f.name for f in fields(Shaping) if f.name != "kind"):
+        for prefix, attribute in (("policy_shaping", "shaping"), ("on_policy_shaping", "on_policy_shaping")):
+            option = f"{prefix}_{name}"
+            assert option in config_rules._PARAMETERS
+            kind = config_rules._PARAMETERS[option][1][0]
+            args = tiny.make_args(tmp_path, **{prefix: kind, option: 0.25})
+            (term,) = Method.from_args(args).objective.terms
+            assert getattr(getattr(term, attribute), name) == 0.25
+            assert getattr(term, attribute)(torch.tensor(0.3)) == policy_shaping(
+                torch.tensor(0.3), kind, **{name: 0.25}
+            )
+
+
+def test_every_schedule_has_its_steps():
+    assert set(config_rules._PARAMETERS["prefix_schedule_steps"][1]) == {*SCHEDULES, "random_cosine"}
 
 
 def test_traces_are_shown_for_some_updates(tmp_path):
@@ -484,8 +554,8 @@ def test_columns_that_a_method_needs(tmp_path, columns, options, message):
 @pytest.mark.parametrize(
     ("switched_off", "plain"),
     [
-        # The pool fills, and nothing is ever replayed
-        ({"replay_ratio": 0.1, "replay_start_solve_rate": 0.0}, {}),
+        # It never begins
+        ({"replay_ratio": 1.0, "replay_start_solve_rate": 0.99}, {}),
         ({"demonstration_entropy_share": 0.999999}, {}),
         ({"demonstration_max_steps": 99}, {}),
         ({"ratio_clipping": "until_mixed"}, {}),
@@ -555,10 +625,11 @@ def test_the_success_with_the_weakest_hint_enters_the_group(tmp_path, monkeypatc
     tokenizer = trainer.processing_class
     assert len(sampled) == 2 and all("Hint" not in text for text in sampled[0])
     others = [row["prompt"] for row in batch.rows]
-    assert sampled[1] == [f"{prompt}\n\nHint: h{i % 4 % 3}" for i, prompt in enumerate(others)]
-    # Of the first group, slot 1 had h1 and slot 2 had h2; the second group has no success
+    assert sampled[1] == [f"{prompt}\n\nHint: h{(0, 1, 1, 2)[i % 4]}" for i, prompt in enumerate(others)]
+    # Of the first group, slots 1 and 2 had h1 and slot 3 had h2; the second group has no success
+    assert batch.metrics == {"hints/helped": 0.5, "hints/level": 1.0}
     assert batch.sources == ["rollout", "hinted", *["rollout"] * 6]
-    assert scored.count("good") == (2 if placement == "prompt" else 3)
+    assert scored.count("good") == 3  # once each
     assert batch.rewards[:, 0].tolist() == [0, 1, 0, 0, 0, 0, 0, 0]
     assert batch.rollout_rewards[:, 0].tolist() == [0] * 8
     assert batch.advantages.tolist() == [-0.25, 0.75, -0.25, -0.25, 0, 0, 0, 0]
@@ -574,11 +645,11 @@ def test_the_policy_under_the_hint_is_the_behaviour_policy(tmp_path, monkeypatch
     trainer, batch, sequences, _, _ = hinted_run(tmp_path, monkeypatch, lambda text: "Hint: h2" in text, "plain")
     # The weights have moved since: by another route, from those that the run began with
     before = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    for i in (2, 6):
+    for i in (3, 7):
         prompt, ids, _, behavior = sequences[i]
         hinted = trainer.processing_class(batch.rows[i]["prompt"] + "\n\nHint: h2")["input_ids"]
         torch.testing.assert_close(behavior, logps_and_entropy(before, hinted, list(ids))[0], atol=1e-5, rtol=0)
-    assert batch.sources == [*["rollout"] * 2, "hinted", *["rollout"] * 3, "hinted", "rollout"]
+    assert batch.sources == [*["rollout"] * 3, "hinted"] * 2
 
 
 def test_what_no_hint_helps_is_shown_its_trace(tmp_path, monkeypatch):
@@ -591,9 +662,30 @@ def test_what_no_hint_helps_is_shown_its_trace(tmp_path, monkeypatch):
     assert batch.sources == ["demonstration", *["rollout"] * 3] * 2
 
 
-def test_hints_wait(tmp_path, monkeypatch):
-    _, _, _, sampled, _ = hinted_run(tmp_path, monkeypatch, lambda text: False, hint_warmup_steps=1)
-    assert len(sampled) == 1
+def test_hints_wait(tmp_path):
+    args = tiny.make_args(tmp_path, **HINTED, num_demonstrations=0, hint_warmup_steps=2, max_steps=3)
+    method = Method.from_args(args)
+    for step, is_given in ((0, False), (1, False), (2, True)):
+        batch = MixedBatch([{}] * 4, 4, Accelerator(cpu=True), Caches())
+        method.open_slots(batch, step)
+        assert (batch.gives_hints, batch.is_waiting) == (is_given, is_given)
+
+
+def test_columns_of_a_reward_after_hints_in_vain(tmp_path, monkeypatch):
+    """What a reward function logs of a try that is not kept is not shown beside another completion."""
+    logged = []
+
+    def reward(completions, log_extra, **kwargs):
+        log_extra("text", list(completions))
+        return [0.0] * len(completions)
+
+    trainer = make_trainer(tmp_path, reward, hint_rows(), **HINTED, num_demonstrations=0)
+    finish = trainer.method.finish
+    object.__setattr__(trainer.method, "finish", lambda batch, out: (finish(batch, out), logged.append((batch, out))))
+    trainer.train()
+    ((batch, output),) = logged
+    texts = trainer.processing_class.batch_decode(output["completion_ids"], skip_special_tokens=True)
+    assert batch.extra_logs["text"] == texts and batch.metrics == {"hints/helped": 0.0}
 
 
 def test_hints_that_cannot_be_used(tmp_path):

@@ -308,7 +308,7 @@ def test_the_example_is_what_a_run_writes(model_path, tmp_path):
             "[OAPL](https://huggingface.co/papers/2602.19362): a",
         ),
         (
-            {"replay_ratio": 0.5, "num_demonstrations": 0},
+            {"replay_ratio": 0.5, "num_demonstrations": 0, "per_device_train_batch_size": 8},
             "In up to 50% of the groups one completion is an earlier success of the model's own, as",
         ),
         (

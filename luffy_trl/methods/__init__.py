@@ -23,7 +23,7 @@ are compared with, and what is minimised.
 | `grpo_baseline` | none | - | group | policy gradient, clipped |
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -64,6 +64,9 @@ OPTIONS_OF_A_METHOD = (
     "hint_levels",
     "hint_placement",
     "hint_template",
+    "hint_warmup_steps",
+    "replay_choice",
+    "replay_max_trajectories",
 )
 
 
@@ -241,8 +244,8 @@ def _terms(args: LuffyConfig) -> list[Term]:
 
 
 def _shaping(args: LuffyConfig, name: str) -> Shaping:
-    kind, *parameters = (getattr(args, f"{name}{suffix}") for suffix in ("", "_gamma", "_power", "_weight"))
-    return Shaping(kind, *parameters)
+    parameters = {f.name: getattr(args, f"{name}_{f.name}") for f in fields(Shaping) if f.name != "kind"}
+    return Shaping(getattr(args, name), **parameters)
 
 
 def _clip_range(args: LuffyConfig) -> tuple[float, float] | None:

@@ -34,7 +34,9 @@ class MeasuringTrainer(GRPOTrainer):
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             for start in range(self.accelerator.process_index * size, len(order), num_processes * size):
                 numbers = order[start : start + size]
-                prompts, completions = ([torch.tensor(sequences[i][side]) for i in numbers] for side in (0, 1))
+                prompts, completions = (
+                    [torch.tensor(sequences[i][side], dtype=torch.long) for i in numbers] for side in (0, 1)
+                )
                 ids, mask = (
                     torch.cat([pad(left, value, padding_side="left"), pad(right, value)], dim=1).to(device)
                     for left, right, value in (

@@ -179,6 +179,12 @@ class ResumingTrainer(GRPOTrainer):
         if not self._kept_states():
             return
         states, problem = {}, None
+        if not file.exists():
+            raise ValueError(
+                f"{file.parent} has no {file.name}, the state of {', '.join(self._kept_states())}: it was saved by a "
+                "run without. Resume with the options of that run, or begin again from the weights: "
+                "`model_name_or_path` takes the folder."
+            )
         try:
             states = torch.load(file, map_location="cpu")
             missing = [name for name in self._kept_states() if name not in states]

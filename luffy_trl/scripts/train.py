@@ -129,7 +129,10 @@ def get_reward_funcs(args: LuffyScriptArguments) -> list:
             reward_func = functools.partial(math_verify_reward, require_think=True)
         reward_funcs.append(reward_func)
     if args.require_think and "math_verify_reward" not in args.reward_funcs:
-        raise ValueError("`require_think` is an option of `math_verify_reward`, which is not in `reward_funcs`.")
+        raise ValueError(
+            "`require_think` is an option of `math_verify_reward`, which is not in `reward_funcs`. If a recipe sets "
+            "it, add `--require_think false`."
+        )
     if args.reward_model_name_or_path:
         reward_funcs.append(args.reward_model_name_or_path)
     return reward_funcs

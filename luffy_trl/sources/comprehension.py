@@ -42,7 +42,13 @@ def rank_by_comprehension(
     questions = {}  # a group asks once for each of its traces, from its first row on this process
     for i, row in enumerate(rows):
         if has_choice[i]:
-            gold = batch.rows[i].get("answer", batch.rows[i].get("solution"))
+            gold = next((batch.rows[i][name] for name in ("answer", "solution") if batch.rows[i].get(name)), None)
+            if gold is None:
+                raise ValueError(
+                    "`demonstration_choice='comprehension'` measures the probability of the gold answer, and the row "
+                    f"with the prompt {batch.rows[i]['prompt']!r} has none in `answer` or `solution`. Give it one, or "
+                    "set `remove_unused_columns=False` if the column was removed."
+                )
             phrase, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (PHRASE, str(gold)))
             for number, ids in enumerate(row["demonstration_ids"]):
                 trace = ids[:-1] if ids[-1] in tokenizer.all_special_ids else ids

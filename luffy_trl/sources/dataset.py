@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,6 +22,8 @@ from ..groups import Demonstration, MixedBatch
 from ..luffy_config import LuffyConfig
 from .comprehension import rank_by_comprehension
 
+
+logger = get_logger(__name__)
 
 # The share of the way from `prefix_ratio_min` to `prefix_ratio_max`, from the progress of the schedule (0 to 1)
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -59,6 +62,13 @@ class DatasetSource:
             raise ValueError(
                 "`objective='oapl'` fits the log-ratio to whoever wrote a completion, and the dataset has no column "
                 "`demonstration_logprobs`. Give it one (`luffy prepare-data score`), or set `num_demonstrations=0`."
+            )
+        reads_logprobs = self.args.objective not in ("rl_plus", "srft") and self.args.demonstration_loss != "sft"
+        if "demonstration_logprobs" in columns and not reads_logprobs:
+            logger.warning(
+                "The column `demonstration_logprobs` is not read: a loss with "
+                f"`objective={self.args.objective!r}` and `demonstration_loss={self.args.demonstration_loss!r}` has "
+                "no ratio to whoever wrote a trace."
             )
         generation_config = load_generation_config(model, **self.args.load_options)
         dataset = tokenize_demonstrations(
@@ -101,6 +111,12 @@ class DatasetSource:
             chosen = choose_demonstrations(row, self.args, step, ranks[i]) if is_open[i] else []
             if slot < len(chosen):
                 slots[i] = chosen[slot]
+                if self.args.objective == "oapl" and chosen[slot] and not chosen[slot].logps:
+                    raise ValueError(
+                        "`objective='oapl'` fits the log-ratio to whoever wrote a completion, and the row with the "
+                        f"prompt {batch.rows[i]['prompt']!r} has no `demonstration_logprobs`. Give it some, or set "
+                        "`num_demonstrations=0`."
+                    )
         return slots
 
     def observe(self, batch: MixedBatch, output: dict[str, Any], is_solved: torch.Tensor):

@@ -60,10 +60,11 @@ class HintSource:
         """The hints of each of the B rows, the weakest first."""
         if self.args.hint_source == "column":
             for row in batch.rows:
-                if not isinstance(row["hints"] or [], list) or not all(isinstance(h, str) for h in row["hints"] or []):
+                hints = row.get("hints", "missing")
+                if hints is not None and (not isinstance(hints, list) or not all(isinstance(h, str) for h in hints)):
                     raise ValueError(
-                        f"`hints` of the row with the prompt {row['prompt']!r} is {row['hints']!r}. It is a list of "
-                        "texts, the weakest hint first."
+                        f"`hints` of the row with the prompt {row['prompt']!r} is {hints!r}. It is a list of texts, "
+                        "the weakest hint first. (`remove_unused_columns=True` removes the column.)"
                     )
             return [row["hints"] or [] for row in batch.rows]
         assert self.get_traces is not None
@@ -106,7 +107,9 @@ class HintSource:
         hints = self.hints_of(batch, tokenizer)
         tried = [i for i, failed in enumerate(batch.has_failed[batch.local].tolist()) if failed and hints[i]]
         slots: list[Demonstration | None] = [None] * len(batch.rows)
-        levels = [batch.slot(i) % len(hints[i]) if i in tried else -1 for i in range(len(slots))]
+        # From the weakest to the strongest hint, evenly over the slots
+        last = batch.num_generations - 1
+        levels = [round(batch.slot(i) * (len(hints[i]) - 1) / last) if i in tried else -1 for i in range(len(slots))]
         all_levels = torch.tensor(gather_object(levels))
         if not (all_levels >= 0).any():
             return slots
@@ -121,7 +124,7 @@ class HintSource:
         for i in tried:
             new_completions[i] = decode_completion(tokenizer, hinted[i], hinted_ids[i], new_ids[i])
 
-        scores = list(batch.scores)
+        scores, extra_logs = list(batch.scores), {name: list(values) for name, values in batch.extra_logs.items()}
         for i in tried:
             batch.scores[i] = {}
         is_success = solves(score(new_completions, new_ids), trainer.reward_weights).cpu() & (all_levels >= 0)
@@ -133,8 +136,14 @@ class HintSource:
         for i in tried:
             if i not in chosen:
                 batch.scores[i] = scores[i]
+                for name, values in batch.extra_logs.items():
+                    values[i] = extra_logs[name][i] if name in extra_logs else None
         # Groups that were helped have not failed any more
         is_helped_group = helped.view(costs.shape).any(1).repeat_interleave(batch.num_generations)
+        num_hinted = (all_levels >= 0).view(costs.shape).any(1).sum()
+        batch.metrics["hints/helped"] = (helped.sum() / num_hinted).item()
+        if helped.any():
+            batch.metrics["hints/level"] = all_levels[helped].float().mean().item()
         batch.has_failed = batch.has_failed & ~is_helped_group.to(batch.has_failed.device)
         if self.args.hint_placement == "prompt":
             batch.is_helped = helped.to(batch.is_helped.device)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
+from ..config_rules import num_replayed
 from ..groups import Demonstration, MixedBatch
 from ..luffy_config import LuffyConfig
 
@@ -61,8 +62,13 @@ class ReplaySource:
     ) -> list[Demonstration | None]:
         keys = _keys_of_groups(batch)
         rng = random.Random(f"replay-{self.args.seed}-{step}")
-        drawn = self._draw(min(int(self.args.replay_ratio * len(keys)), len(self.problems)), rng)
+        drawn = self._draw(min(num_replayed(self.args.replay_ratio, len(keys)), len(self.problems)), rng)
         chosen = self._choose(drawn, batch)
+        batch.metrics |= {
+            "replay/share": len(drawn) / len(keys),
+            "replay/problems": float(len(self.problems)),
+            "replay/successes": float(len(self.successes)),
+        }
         # A problem of the batch is replayed in its own group; the others take those of retired problems, or the last
         places = {key: keys.index(key) for key in drawn if key in keys}
         free = [group for group in range(len(keys)) if group not in places.values()]
@@ -83,8 +89,10 @@ class ReplaySource:
             buckets.setdefault(problem.num_solved, []).append(key)
         drawn: list[str] = []
         for _ in range(number):
-            weights = {k: math.exp(-((k - self.args.num_generations / 2) ** 2) / 2) for k in sorted(buckets)}
-            bucket = buckets[rng.choices(list(weights), list(weights.values()))[0]]
+            costs = {k: (k - self.args.num_generations / 2) ** 2 / 2 for k in sorted(buckets)}
+            lowest = min(costs.values())  # of large groups all weights would be 0
+            weights = [math.exp(lowest - cost) for cost in costs.values()]
+            bucket = buckets[rng.choices(list(costs), weights)[0]]
             drawn.append(bucket.pop(rng.randrange(len(bucket))))
             buckets = {k: keys for k, keys in buckets.items() if keys}
         return drawn
@@ -144,9 +152,13 @@ class ReplaySource:
         for success, (group, row, prompt_ids, ids, logps) in new.items():
             problem = self.problems.setdefault(keys[group], Problem(row, prompt_ids, num_solved[group]))
             problem.keys.append(success)
+            self.retired.pop(keys[group], None)
             self.successes[success] = (torch.tensor(ids, dtype=torch.int32), logps.float())
             self.owners[success] = keys[group]
         self._forget_the_oldest()
+        for cache in (batch.caches.scores, batch.caches.ref_logps):
+            for key in [key for key in cache or {} if isinstance(key, str) and key not in self.successes]:
+                del cache[key]
 
     def _forget_the_oldest(self):
         self.owners = {success: key for success, key in self.owners.items() if success in self.successes}
