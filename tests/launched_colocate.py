@@ -32,6 +32,7 @@ CASES = {
     "all_demonstrations": {"num_generations": 12, "num_demonstrations": 6},  # so are the first six rows
     "prefixes": {"num_demonstrations": 2, "prefix_ratio_min": 0.3, "prefix_ratio_max": 0.9},
     "on_failure": {"num_demonstrations": 2, "demonstration_policy": "on_failure", "failure_threshold": 0.4},
+    "replay": {"num_demonstrations": 0, "replay_ratio": 0.5, "replay_start_solve_rate": 0.0},
 }
 CASES["failure_prefixes"] = {**CASES["on_failure"], "prefix_ratio_min": 0.3, "prefix_ratio_max": 0.9}
 
@@ -189,7 +190,7 @@ def train(case, options):
     num_traces = args.num_demonstrations
     trainer = LuffyTrainer(
         str(FOLDER / "model"),
-        tiny.share_of_digits,
+        tiny.is_even if args.replay_ratio else tiny.share_of_digits,
         args,
         Dataset.from_list(
             tiny.addition_rows(9, lambda i: [] if i % 3 == 2 and num_traces < 6 else traces[:num_traces])
