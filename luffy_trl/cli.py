@@ -17,7 +17,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-from .errors import TO_RESUME, in_one_line_if_interrupted
+from .errors import TO_CONTINUE, in_one_line_if_interrupted
 
 
 # Commands: the module of each, and what it is for. Those with `make_parser` are launched by accelerate.
@@ -41,12 +41,6 @@ COMMANDS = {
     "eval": ("luffy_trl.eval", "evaluate models on the benchmarks of the paper"),
 }
 # What is said beside "Interrupted.", where the command can go on
-HINTS = {
-    "train": TO_RESUME,
-    "sft": TO_RESUME,
-    "eval": "Continue with the same command: what was generated is in `output_dir`.",
-    "generate": "Continue with the same command: the answers until now are in the journal.",
-}
 PACKAGE = Path(__file__).parent
 
 
@@ -71,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     if command in ("train", "sft", "inspect"):
         args = _with_shipped_recipe(args)
     if command in LAUNCHED:
-        with in_one_line_if_interrupted(HINTS[command]):
+        with in_one_line_if_interrupted(TO_CONTINUE[command]):
             return _launch(command, args)
     module = COMMANDS[command][0]
     if command == "prepare-data":
@@ -81,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
             parser.print_help()
             return 0
         command, module = kind, PREPARE_DATA[kind][0]
-    with in_one_line_if_interrupted(HINTS.get(command, "")):
+    with in_one_line_if_interrupted(TO_CONTINUE.get(command, "")):
         return _run(module, args)
 
 

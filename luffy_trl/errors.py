@@ -15,6 +15,12 @@ _PACKAGE = Path(__file__).parent
 _PARSERS = ("parse_args_and_config", "parse_args_into_dataclasses")
 INTERRUPTED = 130  # the exit status of a command that Ctrl-C has ended
 TO_RESUME = "Continue from the last checkpoint, if there is one, with `--resume_from_checkpoint true`."
+TO_CONTINUE = {  # an interrupted command
+    "train": TO_RESUME,
+    "sft": TO_RESUME,
+    "eval": "Continue with the same command: what was generated is in `output_dir`.",
+    "generate": "Continue with the same command: the answers until now are in the journal.",
+}
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from ..arguments import Parser
 from ..endpoints import Endpoint
-from ..errors import in_one_line, in_one_line_if_interrupted
+from ..errors import TO_CONTINUE, in_one_line, in_one_line_if_interrupted
 from ..journal import Journal
 from ..options import described
 from ..redaction import without_credentials
@@ -463,5 +463,5 @@ def _run(args: GenerateArguments, checker: Checker, journal: Journal) -> Report:
 
 
 if __name__ == "__main__":
-    with in_one_line_if_interrupted("Give the command again to go on: what was answered is kept."), in_one_line():
+    with in_one_line_if_interrupted(TO_CONTINUE["generate"]), in_one_line():
         main(*Parser(GenerateArguments, prog="luffy prepare-data generate").parse_args_into_dataclasses())

@@ -10,13 +10,13 @@ Evaluate models on the benchmarks of the paper, from flags or a YAML file (`--co
 from pathlib import Path
 
 from ..arguments import Parser
-from ..errors import in_one_line, in_one_line_if_interrupted
+from ..errors import TO_CONTINUE, in_one_line, in_one_line_if_interrupted
 from .report import to_markdown
 from .runner import EvaluationArguments, evaluate
 
 
 if __name__ == "__main__":
-    with in_one_line_if_interrupted("Give the command again to go on: what was answered is kept."), in_one_line():
+    with in_one_line_if_interrupted(TO_CONTINUE["eval"]), in_one_line():
         (args,) = Parser(EvaluationArguments, prog="luffy eval").parse_args_and_config()
         summary = evaluate(args)
         print(to_markdown(summary))
