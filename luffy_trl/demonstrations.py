@@ -554,6 +554,7 @@ def tokenize_demonstrations(
     Raises:
         ValueError: If the dataset has neither or both of the columns, or a row of it cannot be used.
     """
+    state = PartialState()  # which accelerate's logger needs
     field_name = check_columns(dataset)
     function = DemonstrationTokenizer(
         tokenizer, field_name, eos_token_ids, max_length, overflow, dict(chat_template_kwargs or {})
@@ -567,7 +568,7 @@ def tokenize_demonstrations(
         return dataset.map(tokenize, with_indices=True, batched=True, batch_size=64, features=features)
 
     _warn_of_suspicious(dataset, function)
-    with PartialState().main_process_first():
+    with state.main_process_first():
         dataset = dataset.map(
             function,
             with_indices=True,

@@ -3,6 +3,8 @@
 """Traces as token ids: what the policy is shown, and what is refused."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,22 @@ def tokenized(rows, tokenizer=None, max_length=64, eos_token_ids=None, **kwargs)
     tokenizer = tokenizer or tiny.make_tokenizer()
     dataset = Dataset.from_list(rows)
     return tokenize_demonstrations(dataset, tokenizer, eos_token_ids or [tokenizer.eos_token_id], max_length, **kwargs)
+
+
+def test_a_warning_before_accelerate_knows_its_processes():
+    """As in a script that tokenizes its data before it makes a trainer."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\nimport tiny\nfrom datasets import Dataset\n"
+        "from luffy_trl.demonstrations import tokenize_demonstrations\n"
+        "rows = Dataset.from_list([{'prompt': [{'role': 'user', 'content': '1'}], 'demonstrations': ['<think>a']}])\n"
+        "rows = rows.map(lambda row: {'demonstrations': [[{'role': 'assistant', 'content': '<think>a'}]]})\n"
+        "tokenizer = tiny.make_tokenizer()\n"
+        "print(len(tokenize_demonstrations(rows, tokenizer, [tokenizer.eos_token_id], 64)))"
+    )
+    command = [sys.executable, "-c", code, str(Path(__file__).parent)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.stdout.endswith("1\n"), result.stderr[-2000:]
+    assert "never closes" in result.stderr or "</think>" in result.stderr, result.stderr[-2000:]
 
 
 def texts(dataset, tokenizer=None):
