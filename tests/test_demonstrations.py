@@ -42,15 +42,14 @@ def test_a_warning_before_accelerate_knows_its_processes():
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\nimport tiny\nfrom datasets import Dataset\n"
         "from luffy_trl.demonstrations import tokenize_demonstrations\n"
-        "rows = Dataset.from_list([{'prompt': [{'role': 'user', 'content': '1'}], 'demonstrations': ['<think>a']}])\n"
-        "rows = rows.map(lambda row: {'demonstrations': [[{'role': 'assistant', 'content': '<think>a'}]]})\n"
+        "rows = Dataset.from_list([{'prompt': '1+1=', 'demonstrations': ['2<|eot_id|>']}])\n"
         "tokenizer = tiny.make_tokenizer()\n"
         "print(len(tokenize_demonstrations(rows, tokenizer, [tokenizer.eos_token_id], 64)))"
     )
     command = [sys.executable, "-c", code, str(Path(__file__).parent)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.stdout.endswith("1\n"), result.stderr[-2000:]
-    assert "never closes" in result.stderr or "</think>" in result.stderr, result.stderr[-2000:]
+    assert "1 of the 1 traces of the first 1 rows look wrong" in result.stderr
 
 
 def texts(dataset, tokenizer=None):
