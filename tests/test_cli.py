@@ -151,7 +151,7 @@ def test_an_error_of_the_script_is_the_last_word(tmp_path, monkeypatch, capfd):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config", "nope"], "There is no recipe 'nope'. `--config` takes a YAML file, or one of: chord, grpo_bas"),
+        (["--config", "nope"], "There is no recipe 'nope'. `--config` takes a YAML file, or one of: ampo, chord, ex"),
         (
             ["--num_demonstration_s", "2"],
             "`luffy train` and accelerate know no argument '--num_demonstration_s'. Did you mean",
