@@ -237,7 +237,7 @@ def test_wrong_column(luffy_train):
         (renamed(prompt="question"), r"no column `prompt`, only \['question', 'demonstrations', 'answer'\]. Rename"),
         (renamed(demonstrations="response"), "exactly one of `demonstrations` .* Rename or remove a column"),
         (renamed(answer="gold"), "`math_verify_reward` needs the gold answers, .* rename the one with the answers"),
-        ([{**RIGHT[0], "prompt": None}, *RIGHT[1:]], "row 0: `prompt` must be a string or a list .* got 'None'. Mend"),
+        ([{**RIGHT[0], "prompt": None}, *RIGHT[1:]], "row 0: `prompt` must be a string or a list .* got 'None'. Fix"),
     ):
         with pytest.raises(ValueError, match=message):
             luffy_train(rows)
