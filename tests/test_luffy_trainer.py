@@ -1315,6 +1315,7 @@ def test_the_arguments_are_those_of_grpo_trainer():
         ),
         ("compute_loss", ["self", "model", "inputs", "return_outputs", "num_items_in_batch"]),
         ("_get_grad_norm", ["self", "model", "grad_norm"]),
+        ("get_batch_samples", ["self", "epoch_iterator", "num_batches", "device"]),
         ("_save_checkpoint", ["self", "model", "trial"]),
         (
             "_init_training_state",
