@@ -118,6 +118,7 @@ class MixedBatch:
             groups that fail are sampled again before that.
         has_failed, is_solved (`torch.Tensor` of shape `(N,)`, bool, or `None`): Which rows are in a group that has
             failed, and which earn full reward.
+        traces (`list[dict[str, Any]]` or `None`): The B rows with their tokenized traces, once they are loaded.
         metrics (`dict[str, float]`): What a source adds to the log, equal on all processes.
         is_helped (`torch.Tensor` of shape `(N,)`, bool): Which rows were sampled again, under a prompt with a hint.
         lengths (`torch.Tensor` of shape `(N,)`): Demonstration tokens of each row.
@@ -149,6 +150,7 @@ class MixedBatch:
         self.has_failed: torch.Tensor | None = None
         self.is_solved: torch.Tensor | None = None
         self.lengths = torch.zeros(len(rows) * accelerator.num_processes, dtype=torch.long, device=accelerator.device)
+        self.traces: list[dict[str, Any]] | None = None
         self.metrics: dict[str, float] = {}
         self.is_helped = torch.zeros_like(self.lengths, dtype=torch.bool)
         self.has_behavior_logps = False

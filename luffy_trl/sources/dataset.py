@@ -86,12 +86,14 @@ class DatasetSource:
         return dataset.remove_columns(list(DEMONSTRATION_COLUMNS.keys() - {"demonstration_row"}))
 
     def traces_of(self, batch: MixedBatch) -> list[dict[str, Any]]:
-        """The B rows with their traces."""
+        """The B rows with their traces, which are loaded once for a batch."""
         assert batch.inputs is not None
-        if self._traces is None:
-            return batch.inputs
-        traces = {number: self._traces[number] for number in {row["demonstration_row"] for row in batch.inputs}}
-        return [traces[row["demonstration_row"]] for row in batch.inputs]
+        if batch.traces is None and self._traces is None:
+            batch.traces = batch.inputs
+        elif batch.traces is None:
+            traces = {number: self._traces[number] for number in {row["demonstration_row"] for row in batch.inputs}}
+            batch.traces = [traces[row["demonstration_row"]] for row in batch.inputs]
+        return batch.traces
 
     def count_dropped(self, batch: MixedBatch) -> int:
         return sum(row["demonstrations_dropped"] for i, row in enumerate(self.traces_of(batch)) if batch.slot(i) == 0)
