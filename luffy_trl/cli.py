@@ -40,7 +40,6 @@ COMMANDS = {
     "prepare-model": ("luffy_trl.prepare_model", "make a base model ready: positions, chat template, EOS"),
     "eval": ("luffy_trl.eval", "evaluate models on the benchmarks of the paper"),
 }
-# What is said beside "Interrupted.", where the command can go on
 PACKAGE = Path(__file__).parent
 
 

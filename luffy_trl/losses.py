@@ -414,6 +414,17 @@ class TokenBatch:
         return self.mask * ~self.demonstration_mask
 
     @property
+    def token_advantages(self) -> torch.Tensor:
+        """The advantages, of shape `(B, 1)` or `(B, T)`."""
+        return self.advantages.unsqueeze(1) if self.advantages.dim() == 1 else self.advantages
+
+    def unclipped_stats(self, loss: torch.Tensor, coefficient: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Statistics of a term that clips nothing, from its losses and what multiplies the advantages."""
+        nothing = torch.zeros_like(self.demonstration_mask)
+        stats = {"coefficient": coefficient.detach(), "low_clipped": nothing, "high_clipped": nothing}
+        return {**stats, "loss": loss.detach()}
+
+    @property
     def mean_entropies(self) -> torch.Tensor:
         """The mean entropy of the tokens of each completion, detached, of shape `(B, 1)`."""
         entropies = (self.entropies.detach() * self.mask).sum(1, keepdim=True)

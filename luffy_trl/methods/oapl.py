@@ -59,9 +59,7 @@ class OAPL:
         errors = (self.beta * log_ratio - tokens.advantages) ** 2
         # Spread over the tokens, whose sum it is again
         loss = errors.unsqueeze(1) * tokens.mask / tokens.mask.sum(1, keepdim=True).clamp(min=1.0)
-        nothing = torch.zeros_like(tokens.demonstration_mask)
-        stats = {"coefficient": tokens.ratio.detach(), "low_clipped": nothing, "high_clipped": nothing}
-        return loss, {**stats, "loss": loss.detach()}
+        return loss, tokens.unclipped_stats(loss, tokens.ratio)
 
     def share(self, step: int) -> float:
         return 0.0

@@ -31,15 +31,12 @@ class RLPlus:
     in_evaluation: ClassVar[bool] = True
 
     def __call__(self, tokens: TokenBatch, step: int) -> tuple[torch.Tensor, dict[str, Any]]:
-        advantages = tokens.advantages.unsqueeze(1) if tokens.advantages.dim() == 1 else tokens.advantages
         probs, old_probs = tokens.logps.exp(), tokens.old_logps.exp()
         shaped = 2 * probs / (old_probs + 0.5 * (old_probs + 1)) * (1 - probs.detach()).clamp(min=0.0) ** self.focal
         ratio = tokens.ratio if tokens.sampling_ratio is None else tokens.ratio * tokens.sampling_ratio
         coefficient = torch.where(tokens.demonstration_mask, shaped, ratio)
-        loss = -coefficient * advantages * tokens.mask
-        nothing = torch.zeros_like(tokens.demonstration_mask)
-        stats = {"coefficient": coefficient.detach(), "low_clipped": nothing, "high_clipped": nothing}
-        return loss, {**stats, "loss": loss.detach()}
+        loss = -coefficient * tokens.token_advantages * tokens.mask
+        return loss, tokens.unclipped_stats(loss, coefficient)
 
     def share(self, step: int) -> float:
         return 0.0

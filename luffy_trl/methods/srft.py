@@ -60,16 +60,15 @@ class SRFT:
     in_evaluation: ClassVar[bool] = True
 
     def __call__(self, tokens: TokenBatch, step: int) -> tuple[torch.Tensor, dict[str, Any]]:
-        advantages = tokens.advantages.unsqueeze(1) if tokens.advantages.dim() == 1 else tokens.advantages
         is_solved = tokens.is_solved.unsqueeze(1)
         pushes_down = ~is_solved & (tokens.logps.detach() > self.min_logp)
         weights = torch.where(is_solved, self.success_weight * torch.exp(tokens.mean_entropies), -pushes_down.float())
         shaped = self.shaping(tokens.ratio)
-        loss = torch.where(tokens.demonstration_mask, -shaped * advantages, -weights * tokens.logps) * tokens.mask
-        nothing = torch.zeros_like(tokens.demonstration_mask)
-        coefficient = torch.where(tokens.demonstration_mask, shaped.detach(), weights)
-        stats = {"coefficient": coefficient, "low_clipped": nothing, "high_clipped": nothing}
-        return loss, {**stats, "loss": loss.detach()}
+        loss = (
+            torch.where(tokens.demonstration_mask, -shaped * tokens.token_advantages, -weights * tokens.logps)
+            * tokens.mask
+        )
+        return loss, tokens.unclipped_stats(loss, torch.where(tokens.demonstration_mask, shaped, weights))
 
     def share(self, step: int) -> float:
         return 0.0

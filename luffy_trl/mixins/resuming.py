@@ -176,28 +176,32 @@ class ResumingTrainer(GRPOTrainer):
         return {name: state for name, state in states.items() if state}
 
     def _load_kept(self, file: Path):
-        if not self._kept_states():
+        names = list(self._kept_states())
+        if not names:
             return
         states, problem = {}, None
-        if not file.exists():
-            raise ValueError(
-                f"{file.parent} has no {file.name}, the state of {', '.join(self._kept_states())}: it was saved by a "
-                "run without. Resume with the options of that run, or begin again from the weights: "
-                "`model_name_or_path` takes the folder."
+        if file.exists():
+            try:
+                states = torch.load(file, map_location="cpu")
+                missing = [name for name in names if name not in states]
+                reason = f"it has no state of {', '.join(missing)}" if missing else None
+            except Exception as error:  # of the file system, pickle, zip and torch
+                reason = str(error)
+            if reason:
+                problem = (
+                    f"{file} cannot be read, and without it the run cannot go on as it was: {reason}. Resume from "
+                    "another checkpoint, or begin again from the weights: `model_name_or_path` takes the folder."
+                )
+        else:
+            problem = (
+                f"{file.parent} has no {file.name}, the state of {', '.join(names)}: it was saved by a run without. "
+                "Resume with the options of that run, or begin again from the weights: `model_name_or_path` takes the "
+                "folder."
             )
-        try:
-            states = torch.load(file, map_location="cpu")
-            missing = [name for name in self._kept_states() if name not in states]
-            problem = f"it has no state of {', '.join(missing)}" if missing else None
-        except Exception as error:  # of the file system, pickle, zip and torch
-            problem = str(error)
-        problems = [problem for problem in gather_object([problem]) if problem]
-        if problems:
-            raise ValueError(
-                f"{file} cannot be read, and without it the run cannot go on as it was: {problems[0]}. Resume from "
-                "another checkpoint, or begin again from the weights: `model_name_or_path` takes the folder."
-            )
-        for name in self._kept_states():
+        # What one process cannot read, none goes on without
+        if problems := [other for other in gather_object([problem]) if other]:
+            raise ValueError(problems[0])
+        for name in names:
             self.kept_by_all[name].load_state_dict(states[name])
 
     def generation_state(self) -> dict[str, Any]:

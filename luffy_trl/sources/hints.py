@@ -15,20 +15,16 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from ..demonstrations import decode_completion
-from ..groups import Demonstration, MixedBatch
+from ..groups import Demonstration, MixedBatch, Policy
 from ..luffy_config import LuffyConfig
 from ..metrics import solves
 
 
-class Sampler(Protocol):
-    """What hints ask of a trainer. All processes ask together."""
+class Sampler(Policy, Protocol):
+    """What hints ask of a trainer beyond that. All processes ask together."""
 
     processing_class: PreTrainedTokenizerBase
     reward_weights: torch.Tensor
-
-    def tokenize(self, prompts: list) -> list[list[int]]: ...
-
-    def measure(self, sequences: list[tuple[list[int], list[int]]]) -> list[tuple[torch.Tensor, torch.Tensor]]: ...
 
     def _continue(self, prompt_ids, completion_ids, logps, sampled: list[int]): ...
 
