@@ -2,13 +2,18 @@
 
 """How a mistake is told: in one line, which says what to do."""
 
+import asyncio
 import hashlib
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 
 _PACKAGE = Path(__file__).parent
@@ -43,14 +48,51 @@ def in_one_line() -> Iterator[None]:
 
 @contextmanager
 def in_one_line_if_interrupted(hint: str = "") -> Iterator[None]:
-    """Ends a command that Ctrl-C interrupts with one line and the exit status 130."""
-    try:
-        yield
-    except KeyboardInterrupt:
+    """
+    Ends a command that Ctrl-C interrupts with one line and the exit status 130.
+
+    While a library is imported, it ends at once: an exception that reaches C++ code there would abort the process.
+    """
+
+    def say():
         message = f"Interrupted. {hint}".strip()
         if _is_first_to_say(message):
-            print(f"\n{message}", file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from None
+            print(f"\n{message}", file=sys.stderr, flush=True)
+
+    def interrupt(signal_number: int, frame: FrameType | None):
+        while frame is not None:
+            if frame.f_code.co_filename.startswith("<frozen importlib."):
+                say()
+                os._exit(INTERRUPTED)
+            frame = frame.f_back
+        raise KeyboardInterrupt
+
+    with _handler_of_interrupts(interrupt):
+        try:
+            yield
+        except KeyboardInterrupt:
+            say()
+            raise SystemExit(INTERRUPTED) from None
+
+
+def run_async(coroutine: Coroutine) -> Any:
+    """`asyncio.run`, which cancels what is under way at Ctrl-C only where Python's own handler stands."""
+    with _handler_of_interrupts(signal.default_int_handler):
+        return asyncio.run(coroutine)
+
+
+@contextmanager
+def _handler_of_interrupts(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    old = signal.getsignal(signal.SIGINT)
+    is_ours = old is signal.default_int_handler or getattr(old, "__module__", None) == __name__
+    if not is_ours or threading.current_thread() is not threading.main_thread():  # the only one that may set handlers
+        yield
+        return
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, old)
 
 
 def _is_first_to_say(message: str) -> bool:

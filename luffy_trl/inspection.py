@@ -4,7 +4,6 @@
 What a dataset gives a run: lengths, traces that drop out and why, and rewards of the traces. No weights are loaded.
 """
 
-import asyncio
 import inspect
 import math
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from .demonstrations import (
     decode_completion,
     tokenize_prompts,
 )
+from .errors import run_async
 from .luffy_config import LuffyConfig
 from .rewards import explain_math_verify_reward, math_verify_reward
 
@@ -285,7 +285,7 @@ def _score(rows, shown, completions, args, reward_funcs, problems):
                 log_metric=lambda name, value: None,
                 **columns,
             )
-            rewards = asyncio.run(rewards) if inspect.iscoroutine(rewards) else rewards
+            rewards = run_async(rewards) if inspect.iscoroutine(rewards) else rewards
             rewards = [None if reward is None or reward != reward else float(reward) for reward in rewards]
             if len(rewards) != len(shown):
                 raise ValueError(f"it returns {len(rewards)} rewards for {len(shown)} completions")

@@ -270,6 +270,21 @@ def test_an_interrupt_while_libraries_are_imported(tmp_path):
     assert "Traceback" not in printed and printed.count("Interrupted. ") == 1
 
 
+def test_no_exception_reaches_a_library_that_is_imported(tmp_path):
+    """C++ code that gets one while it is loaded aborts the process."""
+    lines = ["import os, time", "try:", "    print('here', flush=True)", "    time.sleep(60)"]
+    (tmp_path / "library.py").write_text("\n".join([*lines, "except BaseException:", "    os.abort()"]))
+    script = "with in_one_line_if_interrupted('Go on.'):\n    import library"
+    script = f"from luffy_trl.errors import in_one_line_if_interrupted\n{script}"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", script], env=env, text=True, **pipes)
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == "\nInterrupted. Go on.\n"
+    assert process.returncode == 130
+
+
 class NeverAnswers(BaseHTTPRequestHandler):
     def do_GET(self):
         body = b'{"data": [{"id": "model"}]}'

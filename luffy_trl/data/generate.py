@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from ..arguments import Parser
 from ..endpoints import Endpoint
-from ..errors import TO_CONTINUE, in_one_line, in_one_line_if_interrupted
+from ..errors import TO_CONTINUE, in_one_line, in_one_line_if_interrupted, run_async
 from ..journal import Journal
 from ..options import described
 from ..redaction import without_credentials
@@ -428,7 +428,7 @@ def main(args: GenerateArguments) -> Report:
 def _run(args: GenerateArguments, checker: Checker, journal: Journal) -> Report:
     address = without_credentials(args.base_url)
     try:
-        counts = asyncio.run(ask_all(args, checker, journal))
+        counts = run_async(ask_all(args, checker, journal))
     except ExceptionGroup as group:
         refused, others = group.split(Refused)
         if others:
