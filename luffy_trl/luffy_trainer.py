@@ -180,7 +180,7 @@ class LuffyTrainer(LengthAwareTrainer, MeasuringTrainer, UnevenSamplingTrainer, 
         replaced = batch.replace(completion_ids, logps)
         prefixes = [i for i in replaced if batch.sources[i] == "prefix"]
         if any(gather_object([len(prefixes)])):
-            self._continue(prompt_ids, completion_ids, logps, prefixes)
+            self.continue_completions(prompt_ids, completion_ids, logps, prefixes)
         for i in replaced:
             completions[i] = decode_completion(self._tokenizer, prompts[i], prompt_ids[i], completion_ids[i])
 

@@ -190,7 +190,7 @@ def test_training_on_a_prepared_model(tmp_path, family):
     rows = [{"prompt": QUESTION, "demonstrations": [TRACE], "answer": "2"}] * 4
     args = tiny.make_args(tmp_path / "run", max_completion_length=64)
     trainer = LuffyTrainer(str(tmp_path / "out"), tiny.share_of_digits, args, Dataset.from_list(rows))
-    ids = trainer.method.sources[0]._traces[0]["demonstration_ids"][0]
+    ids = tiny.trace_ids(trainer)[0][0]
     assert tokenizer.decode(ids) == f"{TRACE.removeprefix('<think>' + chr(10))}{tokenizer.eos_token}"
     before = trainer.model.state_dict()
     before = {name: value.clone() for name, value in before.items()}

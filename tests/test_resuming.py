@@ -126,14 +126,11 @@ def test_options_of_a_batch_that_change(tmp_path, caplog, before, after, name):
     make_trainer(tmp_path, max_steps=2, **before).train()
     trainer = make_trainer(tmp_path, max_steps=3, **after)
     generated = tiny.count_generated_rows(trainer.model)
-    passes, compute_loss = [], trainer._compute_loss
-    trainer._compute_loss = lambda model, inputs: (
-        passes.append(len(inputs["prompt_ids"])) or compute_loss(model, inputs)
-    )
+    micro_batches = tiny.record_micro_batches(trainer)
     trainer.train(resume_from_checkpoint=True)
     assert f"it was saved with other values of `{name}`" in caplog.text
     assert sum(generated) == 4 * 3  # a trace for each of four rows
-    assert sum(passes) == 4  # the sequences of one update, once each
+    assert sum(len(inputs["prompt_ids"]) for inputs in micro_batches) == 4  # the sequences of one update, once each
 
 
 @pytest.mark.parametrize("budget", [None, 60])

@@ -18,7 +18,7 @@ class UnevenSamplingTrainer(GRPOTrainer):
     A [`~trl.GRPOTrainer`] that samples only what is not given.
 
     - Overrides `_generate_single_turn`, which calls TRL's own for the rows that are sampled.
-    - Adds `_batch`, which a subclass sets while it makes a generation batch, and `_continue`.
+    - Adds `_batch`, which a subclass sets while it makes a generation batch, and `continue_completions`.
     - Keeps TRL's sampling, to the last bit, without a batch, or where no row of it begins with a demonstration.
     """
 
@@ -39,10 +39,10 @@ class UnevenSamplingTrainer(GRPOTrainer):
         completion_ids = [list(demonstration.ids) if demonstration else [] for demonstration in given]
         # No sampler gave a demonstration log-probs: `None` becomes an importance-sampling ratio of exactly 1.
         logps = [[None] * len(ids) for ids in completion_ids] if self.use_vllm else None
-        self._continue(prompt_ids, completion_ids, logps, sampled)
+        self.continue_completions(prompt_ids, completion_ids, logps, sampled)
         return completion_ids, logps
 
-    def _continue(self, prompt_ids, completion_ids, logps, sampled: list[int]):
+    def continue_completions(self, prompt_ids, completion_ids, logps, sampled: list[int]):
         """Samples what follows the completions of some rows, up to the budget of a row, in place."""
         sampled_prompt_ids = [prompt_ids[i] + completion_ids[i] for i in sampled]
         sampled_ids: list[list[int]] = []

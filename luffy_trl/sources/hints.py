@@ -26,7 +26,7 @@ class Sampler(Policy, Protocol):
     processing_class: PreTrainedTokenizerBase
     reward_weights: torch.Tensor
 
-    def _continue(self, prompt_ids, completion_ids, logps, sampled: list[int]): ...
+    def continue_completions(self, prompt_ids, completion_ids, logps, sampled: list[int]): ...
 
 
 class HintSource:
@@ -109,13 +109,15 @@ class HintSource:
         all_levels = torch.tensor(gather_object(levels))
         if not (all_levels >= 0).any():
             return slots
+        template = self.args.hint_template
         hinted = [
-            self._with_hint(prompts[i], hints[i][levels[i]]) if i in tried else prompts[i] for i in range(len(slots))
+            with_hint(prompt, hints[i][levels[i]], template) if i in tried else prompt
+            for i, prompt in enumerate(prompts)
         ]
         hinted_ids = trainer.tokenize(hinted)
         new_ids: list[list[int]] = [[] if i in tried else list(ids) for i, ids in enumerate(completion_ids)]
         new_logps = None if logps is None else [[] if i in tried else list(own) for i, own in enumerate(logps)]
-        trainer._continue(hinted_ids, new_ids, new_logps, tried)
+        trainer.continue_completions(hinted_ids, new_ids, new_logps, tried)
         new_completions = list(completions)
         for i in tried:
             new_completions[i] = decode_completion(tokenizer, hinted[i], hinted_ids[i], new_ids[i])
@@ -156,8 +158,10 @@ class HintSource:
                 slots[number - batch.local.start] = Demonstration(ids, behavior_logps.tolist(), origin="hinted")
         return slots
 
-    def _with_hint(self, prompt: Any, hint: str) -> Any:
-        if isinstance(prompt, str):
-            return self.args.hint_template.format(prompt=prompt, hint=hint)
-        *before, last = prompt
-        return [*before, {**last, "content": self.args.hint_template.format(prompt=last["content"], hint=hint)}]
+
+def with_hint(prompt: Any, hint: str, template: str) -> Any:
+    """The prompt with a hint: in the text, or in the last message of a chat."""
+    if isinstance(prompt, str):
+        return template.format(prompt=prompt, hint=hint)
+    *before, last = prompt
+    return [*before, {**last, "content": template.format(prompt=last["content"], hint=hint)}]
