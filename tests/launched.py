@@ -356,6 +356,11 @@ def rebatched(output_dir):
     return results
 
 
+def several(output_dir, scenarios):
+    """Other functions, one after the other: what starting the processes costs is paid once."""
+    return {name: globals()[function](output_dir / name, **kwargs) for name, (function, kwargs) in scenarios.items()}
+
+
 if __name__ == "__main__":
     if "PRETEND" in os.environ:
         cpu_engines.pretend()

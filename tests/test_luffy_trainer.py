@@ -24,6 +24,15 @@ def model_path(tmp_path_factory):
     return tiny.save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What functions of `launched.py` return, one item per process, and their folder: all of them in one launch."""
+    folder = tmp_path_factory.mktemp("two_processes")
+    return folder, tiny.launch_several(
+        folder, {name: (name, {}) for name in ("count", "gradients", "on_failure", "metrics")}
+    )
+
+
 class Gradients(TrainerCallback):
     """The weights before each optimizer step, and the gradients that it used."""
 
@@ -58,8 +67,8 @@ def test_demonstrations_are_not_generated(model_path, tmp_path, num_demonstratio
     assert generated == [2 * (4 - num_demonstrations)] * 3  # two groups of four for each of three steps
 
 
-def test_demonstrations_are_not_generated_by_two_processes(tmp_path):
-    ranks = tiny.launch("count", tmp_path)
+def test_demonstrations_are_not_generated_by_two_processes(two_processes):
+    ranks = two_processes[1]["count"]
     # Half a group each, for two steps: rank 0 has slots 0 and 1, and with two demonstrations nothing to generate.
     assert [rank[1, 2] for rank in ranks] == [[1, 1], [2, 2]]
     assert [rank[2, 2] for rank in ranks] == [[], [2, 2]]
@@ -280,9 +289,9 @@ def plain_gradient(
     return total
 
 
-def test_gradients_of_mixed_batches_in_two_processes(tmp_path):
-    ranks = tiny.launch("gradients", tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+def test_gradients_of_mixed_batches_in_two_processes(two_processes):
+    ranks = two_processes[1]["gradients"]
+    model = AutoModelForCausalLM.from_pretrained(two_processes[0] / "model", dtype=torch.float32)
     for loss_type, cut in ranks[0]:
         results = [rank[loss_type, cut] for rank in ranks]
         weights = results[0]["weights"]
@@ -403,7 +412,7 @@ def test_what_is_cached_is_not_computed_again(model_path, tmp_path):
     assert [cached_scored.count(trace) for trace in traces] == [1] * 8
     assert [scored.count(trace) for trace in traces] == [2] * 8
     table = pd.read_parquet(sorted((tmp_path / "completions").glob("*.parquet"))[-1])
-    assert table.length.isna().tolist() == [True, True, False, False]
+    assert table.length.isna().tolist() == [True, True, False, False] * 2
     for log, cached_log in zip(log_history, cached_log_history, strict=True):
         for key in log.keys() - {"train_runtime", "train_samples_per_second", "train_steps_per_second", "step_time"}:
             assert cached_log[key] == pytest.approx(log[key], rel=1e-5, abs=1e-7)
@@ -820,9 +829,9 @@ def test_a_failed_group_continues_prefixes(model_path, tmp_path):
     assert output["completion_mask"].sum(1).max() <= 10
 
 
-def test_groups_of_two_processes_fail_apart(tmp_path):
+def test_groups_of_two_processes_fail_apart(two_processes):
     """A group of four lies on two processes; one of them replaces two rows in one step, and the other none."""
-    ranks = tiny.launch("on_failure", tmp_path)
+    ranks = two_processes[1]["on_failure"]
     first, second = ranks
     assert first["generated"] == second["generated"] == [2, 2]  # two rows each, in both steps
     # Only the failing group shows its demonstrations, which are in slots 0 and 1 and thus on the first process
@@ -957,9 +966,10 @@ def test_dropped_traces_are_counted(model_path, tmp_path):
     assert generated == [4 + 3]
 
 
-def test_metrics_of_processes_without_rollouts(tmp_path):
+def test_metrics_of_processes_without_rollouts(two_processes):
     """Rank 0 sees demonstrations alone, rank 1 rollouts alone."""
-    first, second = tiny.launch("metrics", tmp_path)
+    folder, runs = two_processes
+    first, second = runs["metrics"]
     for log in first["log_history"][:-1]:
         assert all(value is not None and not math.isnan(value) for value in log.values())
         assert log["reward"] == 0 and log["demonstrations/reward"] == 1
@@ -967,7 +977,7 @@ def test_metrics_of_processes_without_rollouts(tmp_path):
         assert log["completions/max_length"] <= 16
         assert 0 < log["demonstrations/prob"] < 1
         assert log["entropy"] > 0
-    table = pd.read_parquet(tmp_path / "out" / "completions" / "completions_00002.parquet")
+    table = pd.read_parquet(folder / "metrics" / "out" / "completions" / "completions_00002.parquet")
     assert table.source.tolist() == ["demonstration", "demonstration", "rollout", "rollout"]
 
 

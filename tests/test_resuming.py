@@ -2,7 +2,9 @@
 
 """A run that is killed and resumed is the run that nobody has killed."""
 
+import functools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,21 +23,48 @@ def history(folder):
     return [{k: v for k, v in record.items() if "time" not in k and "per_second" not in k} for record in records]
 
 
+KINDS = ("prefixes", "on_failure", "replay")
+FAULTS = ("missing", "broken")
+
+
+@pytest.fixture(scope="module")
+def runs_of(tmp_path_factory):
+    """
+    Two folders, for a number of processes: runs that nobody has killed, and the same runs killed and resumed.
+
+    Of two processes there are also runs that resume with what a process has kept missing, or broken.
+    """
+
+    @functools.cache
+    def of(num_processes):
+        whole, resumed = (tmp_path_factory.mktemp(name) for name in ("whole", "resumed"))
+        tiny.launch_several(whole, {kind: ("resumable", {"kind": kind}) for kind in KINDS}, num_processes)
+        scenarios = {kind: ("resumable", {"kind": kind, "resume": True}) for kind in KINDS}
+        for kind in KINDS:
+            with pytest.raises(AssertionError, match="failed in"):
+                tiny.launch("resumable", resumed / kind, num_processes, kind=kind, kill_at=7)
+            checkpoints = sorted(path.name for path in (resumed / kind / "out").glob("checkpoint-*"))
+            assert checkpoints == ["checkpoint-5"]
+        for fault in FAULTS if num_processes == 2 else ():
+            checkpoint = resumed / fault / "out" / "checkpoint-5"
+            shutil.copytree(whole / "prefixes" / "out" / "checkpoint-5", checkpoint)
+            file = checkpoint / "generation_1.pt"
+            file.unlink() if fault == "missing" else file.write_bytes(file.read_bytes()[:1000])
+            scenarios[fault] = "resumable", {"kind": "prefixes", "resume": True}
+        tiny.launch_several(resumed, scenarios, num_processes)
+        return whole, resumed
+
+    return of
+
+
 @pytest.mark.parametrize("num_processes", [1, 2])
-@pytest.mark.parametrize("kind", ["prefixes", "on_failure", "replay"])
-def test_killed_and_resumed(tmp_path, num_processes, kind):
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_and_resumed(runs_of, num_processes, kind):
     """
     Two updates for each generation and four for each epoch. Killed in the seventh update, the run resumes after the
     fifth: within a generation batch of the second epoch.
     """
-    tiny.launch("resumable", tmp_path / "whole", num_processes, kind=kind)
-    with pytest.raises(AssertionError, match="failed in"):
-        tiny.launch("resumable", tmp_path / "killed", num_processes, kind=kind, kill_at=7)
-    checkpoints = sorted(path.name for path in (tmp_path / "killed" / "out").glob("checkpoint-*"))
-    assert checkpoints == ["checkpoint-5"]
-    tiny.launch("resumable", tmp_path / "killed", num_processes, kind=kind, resume=True)
-
-    whole, killed = tmp_path / "whole" / "out", tmp_path / "killed" / "out"
+    whole, killed = (folder / kind / "out" for folder in runs_of(num_processes))
     assert len(history(whole)) == 10 and history(killed) == history(whole)
     if kind == "replay":
         pools = [torch.load(run / "checkpoint-10" / "kept_by_all.pt")["ReplaySource"] for run in (whole, killed)]
@@ -170,14 +199,11 @@ def test_a_file_that_no_checkpoint_keeps(tmp_path, caplog, fault):
     assert generated == [12]
 
 
-@pytest.mark.parametrize("fault", ["missing", "broken"])
-def test_a_process_without_its_file(tmp_path, fault):
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_process_without_its_file(runs_of, fault):
     """Both processes generate again, instead of one waiting for the other for ever."""
-    tiny.launch("resumable", tmp_path, 2, kind="prefixes", max_steps=5)
-    file = tmp_path / "out" / "checkpoint-5" / "generation_1.pt"
-    file.unlink() if fault == "missing" else file.write_bytes(file.read_bytes()[:1000])
-    tiny.launch("resumable", tmp_path, 2, kind="prefixes", resume=True)
-    assert len(history(tmp_path / "out")) == 10
+    _, resumed = runs_of(2)
+    assert len(history(resumed / fault / "out")) == 10
 
 
 class Interrupt(BaseException):

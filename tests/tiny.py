@@ -201,6 +201,22 @@ def launch(function, output_dir, num_processes=2, config_file=None, env=None, ti
     ]
 
 
+def launch_several(output_dir, scenarios, num_processes=2, **kwargs):
+    """
+    Runs functions of `launched.py` one after the other under one `accelerate launch`, from their names and keyword
+    arguments. Each has a folder of its own, by the name of its scenario.
+
+    Returns, for each scenario, what its function returns, one item per process.
+    """
+    for name in scenarios:
+        model = Path(output_dir) / name / "model"
+        model.parent.mkdir(parents=True, exist_ok=True)
+        if not model.exists():
+            model.symlink_to(Path(output_dir) / "model")
+    ranks = launch("several", output_dir, num_processes, timeout=600, scenarios=scenarios, **kwargs)
+    return {name: [rank[name] for rank in ranks] for name in scenarios}
+
+
 def is_demonstration_text(completions, **kwargs):
     """1.0 for the traces of `addition_rows`, 0.0 for what a random model writes."""
     return [float(text.startswith("<think>\n") and "and 1</think>A" in text) for text in completions]
