@@ -163,10 +163,8 @@ class LuffyTrainer(LengthAwareTrainer, MeasuringTrainer, UnevenSamplingTrainer, 
 
     def _replace_failures(self, batch: MixedBatch, prompts, prompt_ids, completion_ids, completions, logps):
         """
-        Puts demonstrations, in place, into the groups whose rollouts have failed.
-
-        They take the slots that they would have taken from the start: rollouts of a group are alike before they are
-        scored, so that no choice is fairer.
+        Puts demonstrations, in place, into the groups whose rollouts have failed, in the slots that they take at other
+        times: rollouts of a group are alike before they are scored, so that no choice is fairer.
         """
         batch.rollout_rewards = super()._calculate_rewards(batch.rows, prompts, completions, completion_ids)
         rewards = metrics.weighted_sum(batch.rollout_rewards, self.reward_weights)

@@ -45,12 +45,7 @@ _OF_VERSION_0_1 = (
 class ResumableRepeatSampler(RepeatSampler):
     """
     TRL's sampler, which in the second epoch of a resumed run draws the order of the second epoch, not of the first.
-
-    Args:
-        *args, **kwargs:
-            Passed to [`~trl.trainer.utils.RepeatSampler`].
-        count_epochs (`Callable[[], int]`):
-            Returns how many epochs have ended, in this run or in the one that it resumes.
+    `count_epochs` returns how many epochs have ended, in this run or in the one that it resumes.
     """
 
     def __init__(self, *args, count_epochs: Callable[[], int], **kwargs):
@@ -310,16 +305,7 @@ def _save(state: dict[str, Any], file: Path):
 
 
 def find_last_checkpoint(output_dir: str) -> str | None:
-    """
-    The last checkpoint that was written to its end: a run that dies while it saves leaves one that was not.
-
-    Args:
-        output_dir (`str`):
-            Folder with the checkpoints of a run.
-
-    Returns:
-        `str` or `None`: Path of the checkpoint, or `None` if there is none.
-    """
+    """The last checkpoint that was written to its end: a run that is killed while it saves leaves one that was not."""
     for path in find_checkpoints(output_dir):
         try:
             json.loads((path / "trainer_state.json").read_text())  # written last

@@ -84,14 +84,11 @@ class UnevenSamplingTrainer(GRPOTrainer):
     def _sample_with_vllm(
         self, prompt_ids: list[list[int]], spare_prompt_ids: list[int]
     ) -> tuple[list[list[int]], list[list[float]]]:
-        """
-        Samples one completion for each prompt where processes hold different numbers of prompts.
-
-        TRL's vLLM client gives each process the slice of completions that it would own if all of them held as many
-        prompts, in runs of `num_generations`. So one process passes the prompts of all and the others none, and then
-        each takes its own. Where a colocated engine has nothing to sample, it samples the spare prompt for nothing:
-        only after generating does it go to sleep and meet the barriers that other engines wait at.
-        """
+        """Samples one completion for each prompt where processes hold different numbers of prompts."""
+        # TRL's vLLM client gives each process the slice of completions that it would own if all of them held as many
+        # prompts, in runs of `num_generations`. So one process passes the prompts of all and the others none, and then
+        # each takes its own. Where a colocated engine has nothing to sample, it samples the spare prompt for nothing:
+        # only after generating does it go to sleep and meet the barriers that other engines wait at.
         is_server = self.vllm_mode == "server"
         if not is_server and self.vllm_generation.tensor_parallel_size == 1:
             result = super()._generate_single_turn(prompt_ids or [spare_prompt_ids], None, {}, 1)

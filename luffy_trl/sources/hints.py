@@ -31,13 +31,8 @@ class Sampler(Policy, Protocol):
 
 class HintSource:
     """
-    Gives failed groups another try.
-
-    Args:
-        args ([`LuffyConfig`]):
-            Configuration of the run.
-        get_traces (`Callable[[MixedBatch], list[dict[str, Any]]]`, *optional*):
-            Returns the rows with their tokenized traces, for `hint_source="trace"`.
+    Gives failed groups another try, with hints from the dataset, or with beginnings of the traces that `get_traces`
+    returns.
     """
 
     def __init__(self, args: LuffyConfig, get_traces: Callable[[MixedBatch], list[dict[str, Any]]] | None = None):
@@ -81,22 +76,9 @@ class HintSource:
         generated: tuple[list, list, list, list | None],
     ) -> list[Demonstration | None]:
         """
-        Samples the rows of failed groups once more, and puts successes, in place, where rollouts were.
-
-        Args:
-            batch ([`MixedBatch`]):
-                The batch, with `has_failed` and `rollout_rewards`.
-            trainer ([`Sampler`]):
-                The trainer.
-            score (`Callable[[list, list], torch.Tensor]`):
-                The rewards, of shape `(N, F)`, of completions and their ids.
-            prompts (`list`):
-                Prompts of the B rows.
-            generated (`tuple[list, list, list, list | None]`):
-                Prompt ids, completion ids, completions and log-probs of the sampler of the B rows.
-
-        Returns:
-            `list[Demonstration | None]`: With `hint_placement="plain"`, the successes as demonstrations.
+        Samples the rows of failed groups once more and puts successes, in place, where rollouts were; with
+        `hint_placement="plain"` it returns them as demonstrations. `score` returns the rewards of completions and
+        their ids; `generated` are prompt ids, completion ids, completions and the sampler's log-probs.
         """
         prompt_ids, completion_ids, completions, logps = generated
         tokenizer = trainer.processing_class

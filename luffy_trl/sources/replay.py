@@ -35,13 +35,7 @@ class Problem:
 
 
 class ReplaySource:
-    """
-    Opens a slot to a replay in the groups of some problems.
-
-    Args:
-        args ([`LuffyConfig`]):
-            Configuration of the run.
-    """
+    """Opens a slot to a replay in the groups of some problems."""
 
     def __init__(self, args: LuffyConfig):
         self.args = args
