@@ -498,6 +498,20 @@ def test_what_is_collected_and_retired(tmp_path):
     assert not other.successes and len(other.retired) == 1
 
 
+@pytest.mark.parametrize(("num_solved", "place"), [([1, 4, 0, 0], 1), ([1, 0, 0, 0], 3)])
+def test_a_replay_takes_the_group_of_a_retired_problem_or_the_last(tmp_path, num_solved, place):
+    """Its own problem is not in the batch; the second problem of the first batch is, as the second."""
+    options = {**REPLAY, "per_device_train_batch_size": 16, "replay_choice": "logp"}
+    source = ReplaySource(tiny.make_args(tmp_path, **options))
+    source.observe(*make_batch(num_solved, num_rows=16))
+    batch, *_ = make_batch([0] * 4, num_rows=16)
+    prompts = ["7", "1", "8", "9"]
+    batch.rows = [{"prompt": prompts[i // 4], "answer": None} for i in range(16)]
+    slots = source.open_slots(batch, 1, [None] * 16, [True] * 16)
+    assert [i for i, slot in enumerate(slots) if slot] == [4 * place]
+    assert [row["prompt"] for row in batch.rows[::4]] == ["0" if i == place else prompts[i] for i in range(4)]
+
+
 def _saved(state, folder):
     torch.save(state, folder / "state.pt")
     return folder / "state.pt"
