@@ -693,8 +693,8 @@ def hinted_run(tmp_path, monkeypatch, helps, placement="prompt", **options):
     return trainer, batch, sequences, sampled, scored
 
 
-@pytest.mark.parametrize("placement", ["prompt", "plain"])
-def test_the_success_with_the_weakest_hint_enters_the_group(tmp_path, monkeypatch, placement):
+def helps_one_group():
+    """Of the two groups, the first one that is sampled succeeds under h1 and h2."""
     first = None
 
     def helps(text):
@@ -703,6 +703,17 @@ def test_the_success_with_the_weakest_hint_enters_the_group(tmp_path, monkeypatc
         first = first or prompt
         return prompt == first and hint in ("h1", "h2")
 
+    return helps
+
+
+def test_a_group_that_was_helped_is_not_shown_its_trace(tmp_path, monkeypatch):
+    _, batch, *_ = hinted_run(tmp_path, monkeypatch, helps_one_group(), num_demonstrations=1)
+    assert batch.sources == ["rollout", "hinted", "rollout", "rollout", "demonstration", *["rollout"] * 3]
+
+
+@pytest.mark.parametrize("placement", ["prompt", "plain"])
+def test_the_success_with_the_weakest_hint_enters_the_group(tmp_path, monkeypatch, placement):
+    helps = helps_one_group()
     trainer, batch, sequences, sampled, scored = hinted_run(tmp_path, monkeypatch, helps, placement)
     tokenizer = trainer.processing_class
     assert len(sampled) == 2 and all("Hint" not in text for text in sampled[0])
@@ -714,6 +725,7 @@ def test_the_success_with_the_weakest_hint_enters_the_group(tmp_path, monkeypatc
     assert scored.count("good") == 3  # once each
     assert batch.rewards[:, 0].tolist() == [0, 1, 0, 0, 0, 0, 0, 0]
     assert batch.rollout_rewards[:, 0].tolist() == [0] * 8
+    assert [scores[0] for scores in batch.scores] == batch.rewards[:, 0].tolist()  # not those of tries in vain
     assert batch.advantages.tolist() == [-0.25, 0.75, -0.25, -0.25, 0, 0, 0, 0]
     for i, (prompt, ids, *_) in enumerate(sequences):
         plain = batch.rows[i]["prompt"]

@@ -4,10 +4,12 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
@@ -169,6 +171,16 @@ def trace_ids(trainer):
     rows = list(trainer.train_dataset)
     batch = MixedBatch(rows, 1, trainer.accelerator, Caches(), inputs=rows)
     return [row["demonstration_ids"] for row in trainer.method.sources[0].traces_of(batch)]
+
+
+def exit_of(module, *arguments):
+    """What `python -m module` ends with, run in this process: the status, or the line on stderr of status 1."""
+    with patch.object(sys, "argv", [module, *map(str, arguments)]):
+        try:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        except SystemExit as error:
+            return error.code or 0
+    return 0
 
 
 def launch(function, output_dir, num_processes=2, config_file=None, env=None, timeout=300, **scenario):
