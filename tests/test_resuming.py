@@ -80,10 +80,26 @@ def test_killed_and_resumed(runs_of, num_processes, kind):
         assert torch.equal(weights, resumed[name]), name
 
 
-def make_trainer(folder, **kwargs):
+def make_trainer(folder, rows=None, is_stream=False, **kwargs):
     options = {"steps_per_generation": 4, "gradient_accumulation_steps": 1, "save_strategy": "steps", "save_steps": 1}
     args = tiny.make_args(folder / "out", **{**options, **kwargs})
-    return LuffyTrainer(str(folder / "model"), tiny.share_of_digits, args, Dataset.from_list(tiny.addition_rows(8)))
+    dataset = Dataset.from_list(rows or tiny.addition_rows(8))
+    dataset = dataset.to_iterable_dataset() if is_stream else dataset
+    return LuffyTrainer(str(folder / "model"), tiny.share_of_digits, args, dataset)
+
+
+@pytest.fixture(scope="module")
+def train_twice(tmp_path_factory):
+    """Copies a model and two updates of a run into a folder. The second lies within a generation batch."""
+
+    @functools.cache
+    def train(**options):
+        folder = tmp_path_factory.mktemp("trained")
+        tiny.save_tiny_model(folder / "model")
+        make_trainer(folder, max_steps=2, **options).train()
+        return folder
+
+    return lambda folder, **options: shutil.copytree(train(**options), folder, dirs_exist_ok=True)
 
 
 def test_metrics_that_were_not_logged_are_kept(tmp_path):
@@ -103,9 +119,8 @@ def test_metrics_that_were_not_logged_are_kept(tmp_path):
     assert "reward" in whole and "demonstrations/prob" in whole and "entropy" in whole
 
 
-def test_another_batch_size_generates_again(tmp_path, caplog):
-    tiny.save_tiny_model(tmp_path / "model")
-    make_trainer(tmp_path, max_steps=2).train()
+def test_another_batch_size_generates_again(tmp_path, caplog, train_twice):
+    train_twice(tmp_path)
     trainer = make_trainer(tmp_path, max_steps=3, steps_per_generation=3, per_device_train_batch_size=8)
     generated = tiny.count_generated_rows(trainer.model)
     trainer.train(resume_from_checkpoint=True)
@@ -149,10 +164,9 @@ CUTS = [
 
 
 @pytest.mark.parametrize(("before", "after", "name"), CUTS)
-def test_options_of_a_batch_that_change(tmp_path, caplog, before, after, name):
+def test_options_of_a_batch_that_change(tmp_path, caplog, train_twice, before, after, name):
     """What a checkpoint keeps of a generation batch was made under other options, and is made again."""
-    tiny.save_tiny_model(tmp_path / "model")
-    make_trainer(tmp_path, max_steps=2, **before).train()
+    train_twice(tmp_path, **before)
     trainer = make_trainer(tmp_path, max_steps=3, **after)
     generated = tiny.count_generated_rows(trainer.model)
     micro_batches = tiny.record_micro_batches(trainer)
@@ -163,10 +177,9 @@ def test_options_of_a_batch_that_change(tmp_path, caplog, before, after, name):
 
 
 @pytest.mark.parametrize("budget", [None, 60])
-def test_a_checkpoint_of_version_0_1(tmp_path, caplog, budget):
+def test_a_checkpoint_of_version_0_1(tmp_path, caplog, train_twice, budget):
     """Its generation batches name six numbers, and no options."""
-    tiny.save_tiny_model(tmp_path / "model")
-    make_trainer(tmp_path, max_steps=2, max_tokens_per_microbatch=budget).train()
+    train_twice(tmp_path, **({"max_tokens_per_microbatch": budget} if budget else {}))
     file = tmp_path / "out" / "checkpoint-2" / "generation_0.pt"
     torch.save({**torch.load(file), "geometry": [1, 4, 1, 4, 1, 4]}, file)
 
@@ -182,9 +195,8 @@ def test_a_checkpoint_of_version_0_1(tmp_path, caplog, budget):
 
 
 @pytest.mark.parametrize("fault", ["a list", "no metrics", "too few batches"])
-def test_a_file_that_no_checkpoint_keeps(tmp_path, caplog, fault):
-    tiny.save_tiny_model(tmp_path / "model")
-    make_trainer(tmp_path, max_steps=2).train()
+def test_a_file_that_no_checkpoint_keeps(tmp_path, caplog, train_twice, fault):
+    train_twice(tmp_path)
     file = tmp_path / "out" / "checkpoint-2" / "generation_0.pt"
     state = torch.load(file)
     if fault == "no metrics":
@@ -282,35 +294,25 @@ def other_rows(kind):
 
 @pytest.mark.parametrize("is_stream", [False, True])
 @pytest.mark.parametrize("kind", ["fewer rows", "another prompt", "another order", "other traces"])
-def test_another_dataset(tmp_path, caplog, kind, is_stream):
+def test_another_dataset(tmp_path, caplog, train_twice, kind, is_stream):
     """Other prompts are refused, or begun with as the user says; corrected traces of the same prompts are not."""
-    tiny.save_tiny_model(tmp_path / "model")
-
-    def make(rows, **kwargs):
-        options = {"steps_per_generation": 4, "gradient_accumulation_steps": 1, "save_strategy": "steps"}
-        args = tiny.make_args(tmp_path / "out", **options, save_steps=2, **kwargs)
-        dataset = Dataset.from_list(rows)
-        dataset = dataset.to_iterable_dataset() if is_stream else dataset
-        return LuffyTrainer(str(tmp_path / "model"), tiny.share_of_digits, args, dataset)
-
-    make(tiny.addition_rows(8), max_steps=2).train()
-    resumed = make(other_rows(kind), max_steps=3)
+    train_twice(tmp_path, **({"is_stream": True} if is_stream else {}))
+    resumed = make_trainer(tmp_path, other_rows(kind), is_stream, max_steps=3)
     if kind == "other traces":
         resumed.train(resume_from_checkpoint=True)
         assert not caplog.text
         return
     with pytest.raises(ValueError, match="checkpoint-2 was trained on another `train_dataset` .* `ignore_data_skip="):
         resumed.train(resume_from_checkpoint=True)
-    resumed = make(other_rows(kind), max_steps=3, ignore_data_skip=True)
+    resumed = make_trainer(tmp_path, other_rows(kind), is_stream, max_steps=3, ignore_data_skip=True)
     generated = tiny.count_generated_rows(resumed.model)
     resumed.train(resume_from_checkpoint=True)
     assert "it was saved with other values of `train_dataset`. It is generated again" in caplog.text
     assert sum(generated) == 12
 
 
-def test_a_checkpoint_that_does_not_name_its_dataset(tmp_path, caplog):
-    tiny.save_tiny_model(tmp_path / "model")
-    make_trainer(tmp_path, max_steps=2).train()
+def test_a_checkpoint_that_does_not_name_its_dataset(tmp_path, caplog, train_twice):
+    train_twice(tmp_path)
     file = tmp_path / "out" / "checkpoint-2" / "generation_0.pt"
     state = torch.load(file)
     assert state.pop("dataset").startswith("8 rows, digest of prompts ")
