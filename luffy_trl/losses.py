@@ -609,7 +609,7 @@ class Objective:
         for term, per_token_loss in others:
             if share := term.share(step):
                 loss = (1 - share) * loss
-            # What has a mean over the optimizer step is not divided by the number of micro-batches
+            # A mean over the optimizer step must not be divided by the number of micro-batches too
             mask, factor = tokens.mask, divisor / denominators.num_means
             if term.reduction == "demonstrations":
                 mask, factor = tokens.demonstration_mask, divisor

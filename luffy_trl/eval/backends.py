@@ -233,7 +233,7 @@ class ServerBackend:
         raise kind(f"The server at {self.name} answers {response.status_code}: {text}")
 
     def _complete(self, request: Request) -> Completion:
-        # Spelled out what a server would else take from the model's generation config.
+        # Set here, or a server would take them from the model's generation config.
         beyond_openai = {
             "top_k": -1,
             "min_p": 0.0,

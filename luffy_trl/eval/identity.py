@@ -102,7 +102,7 @@ def _sample(file: BinaryIO, start: int, end: int) -> Iterator[bytes]:
 
 def _identify_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     state: Any = sorted(tokenizer.get_vocab().items())
-    with suppress(Exception):  # of a tokenizer in Python, or with parts in it
+    with suppress(Exception):  # a tokenizer in Python, or with parts in it, has no such state
         state = json.loads(tokenizer.backend_tokenizer.to_str())
-        state = {name: value for name, value in state.items() if name not in ("truncation", "padding")}  # of a call
+        state = {name: value for name, value in state.items() if name not in ("truncation", "padding")}  # of calls
     return _hash([state, sorted(tokenizer.all_special_tokens), tokenizer.clean_up_tokenization_spaces])

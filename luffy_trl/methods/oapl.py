@@ -41,7 +41,7 @@ class OAPL:
             sampler_logps = torch.where(tokens.demonstration_mask, tokens.behavior_logps, sampler_logps)
         log_ratio = ((tokens.logps - sampler_logps) * tokens.mask).sum(1)
         errors = (self.beta * log_ratio - tokens.advantages) ** 2
-        # Spread over the tokens, whose sum it is again
+        # Spread evenly over the tokens, so that their sum is the error of the completion
         loss = errors.unsqueeze(1) * tokens.mask / tokens.mask.sum(1, keepdim=True).clamp(min=1.0)
         return loss, tokens.unclipped_stats(loss, tokens.ratio)
 

@@ -193,7 +193,7 @@ class ResumingTrainer(GRPOTrainer):
                 "Resume with the options of that run, or begin again from the weights: `model_name_or_path` takes the "
                 "folder."
             )
-        # What one process cannot read, none goes on without
+        # If one process cannot read its file, all stop: a process that went on would wait for it
         if problems := [other for other in gather_object([problem]) if other]:
             raise ValueError(problems[0])
         for name in names:
@@ -221,7 +221,7 @@ class ResumingTrainer(GRPOTrainer):
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
         state, problem = self._read_generation(self._generation_file(folder))
         self._check_dataset(folder, (state or {}).get("dataset"))
-        # What a process generates for, it generates together with the others: all use what they have, or none
+        # Processes generate together: either all use what they have kept, or all generate again
         problems = sorted({other for other in gather_object([problem]) if other})
         if problems:
             if self._is_within_generation():

@@ -32,7 +32,7 @@ class UnevenSamplingTrainer(GRPOTrainer):
                 )
 
         given = self._batch.demonstrations
-        # A rollout follows the prompt, and what follows a partial demonstration its prefix.
+        # Sampled are rollouts, and what follows the prefix of a partial demonstration.
         sampled = [
             i for i, demonstration in enumerate(given) if demonstration is None or not demonstration.is_complete
         ]

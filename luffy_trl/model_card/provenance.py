@@ -38,7 +38,7 @@ def _package_commit() -> str | None:
     if commit := installed_from.get("vcs_info", {}).get("commit_id"):
         return commit
     file = Path(__file__)
-    # A package in the `.venv` of a project lies in the project's repository, and is not of it.
+    # A package in the `.venv` of a project lies in its repository, but the commit is not that of the package.
     is_tracked = _git(file.parent, "ls-files", "--error-unmatch", file.name) is not None
     return _commit(file.parent) if is_tracked else None
 

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from trl import GRPOTrainer
 
 
-# Of the arguments of every trainer, those that belong to a recipe. The others are about the machine, the log, the Hub.
+# Arguments of every trainer that belong to a recipe. The others are about the machine, the log or the Hub.
 _TRAINING_ARGUMENTS = {
     "auto_find_batch_size",
     "adam_beta1",
@@ -31,7 +31,7 @@ _TRAINING_ARGUMENTS = {
     "warmup_steps",
     "weight_decay",
 }
-# Of TRL's own, those that do not: where vLLM runs, what is logged, and `model_init_kwargs`, which may hold a token.
+# Arguments of TRL that do not: where vLLM runs, what is logged, and `model_init_kwargs`, which may hold a token.
 _NOT_OF_THE_RECIPE = {
     "ds3_gather_for_generation",
     "log_completions",

@@ -118,7 +118,7 @@ class HintSource:
                 batch.scores[i] = scores[i]
                 for name, values in batch.extra_logs.items():
                     values[i] = extra_logs[name][i] if name in extra_logs else None
-        # Groups that were helped have not failed any more
+        # A group that was helped is shown no trace
         is_helped_group = helped.view(costs.shape).any(1).repeat_interleave(batch.num_generations)
         num_hinted = (all_levels >= 0).view(costs.shape).any(1).sum()
         batch.metrics["hints/helped"] = (helped.sum() / num_hinted).item()
