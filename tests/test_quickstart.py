@@ -77,7 +77,7 @@ def test_the_shipped_model_knows_the_easy_skill_and_not_the_hard_one():
 
 def test_prepare_uses_the_shipped_model(tmp_path, monkeypatch, capsys):
     command = [QUICKSTART / "prepare.py", "--output_dir", tmp_path, "--num_samples", "0"]
-    result = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120, check=True)
+    result = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=600, check=True)
     assert f"The warm model in {QUICKSTART / 'checkpoint'} was made with these settings" in result.stdout
     monkeypatch.setattr(sys, "argv", [*map(str, command)])
     prepare.main()  # the second time, what the first one left

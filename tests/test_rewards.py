@@ -2,7 +2,6 @@
 
 import functools
 import threading
-import time
 
 import pytest
 import tiny
@@ -10,7 +9,7 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
 from luffy_trl import rewards
-from luffy_trl.grading import WorkerPool, grade
+from luffy_trl.grading import WorkerPool
 from luffy_trl.rewards import math_verify_reward
 
 
@@ -74,14 +73,14 @@ def test_how_an_answer_is_written_does_not_matter():
     """A full stop or a comma at the end, a colour and a size: of every kind of answer, and of the gold answer."""
 
     def graded(texts, golds):
-        return [grade(gold, rewards._find_answers(text, False)) for text, gold in zip(texts, golds, strict=True)]
+        return math_verify_reward(texts, answer=golds)
 
-    all_right = [True] * len(GOLDS)
+    all_right = [1.0] * len(GOLDS)
     for form in FORMS:
         written = [form.replace("%s", gold) for gold in GOLDS]
         assert graded([rf"\boxed{{{answer}}}" for answer in written], GOLDS) == all_right
         others = [*written[1:], written[0]]
-        assert graded([rf"\boxed{{{answer}}}" for answer in others], GOLDS) == [False] * len(GOLDS)
+        assert graded([rf"\boxed{{{answer}}}" for answer in others], GOLDS) == [0.0] * len(GOLDS)
     assert graded([f"So it is \\[ {gold}. \\]" for gold in GOLDS], GOLDS) == all_right
     assert graded([rf"\boxed{{{gold}}}" for gold in GOLDS], [f"{gold}." for gold in GOLDS]) == all_right
 
@@ -320,14 +319,12 @@ def test_hostile_answers_off_the_main_thread(monkeypatch, answer):
     monkeypatch.setattr(rewards, "shared_pool", lambda: hostile_pool)
     completions, results = [rf"\boxed{{{answer}}}", r"\boxed{5}"], []
     thread = threading.Thread(target=lambda: results.extend(math_verify_reward(completions, answer=["5", "5"])))
-    start = time.perf_counter()
     thread.start()
-    thread.join()
+    thread.join(300)  # without the limit of a worker, some of these take hours
     assert results == [0.0, 1.0]
-    assert time.perf_counter() - start < 10  # the limit, and at most two starts of a worker on a loaded machine
 
 
-hostile_pool = WorkerPool(num_workers=1, timeout=1.0)
+hostile_pool = WorkerPool(num_workers=1, timeout=3.0)
 
 
 def test_a_failure_is_told(monkeypatch, caplog):

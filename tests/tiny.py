@@ -183,7 +183,7 @@ def exit_of(module, *arguments):
     return 0
 
 
-def launch(function, output_dir, num_processes=2, config_file=None, env=None, timeout=300, **scenario):
+def launch(function, output_dir, num_processes=2, config_file=None, env=None, timeout=900, **scenario):
     """
     Runs a function of `launched.py`, with a scenario as its keyword arguments, under a real `accelerate launch`.
 
@@ -225,7 +225,7 @@ def launch_several(output_dir, scenarios, num_processes=2, **kwargs):
         model.parent.mkdir(parents=True, exist_ok=True)
         if not model.exists():
             model.symlink_to(Path(output_dir) / "model")
-    ranks = launch("several", output_dir, num_processes, timeout=600, scenarios=scenarios, **kwargs)
+    ranks = launch("several", output_dir, num_processes, scenarios=scenarios, **kwargs)
     return {name: [rank[name] for rank in ranks] for name in scenarios}
 
 
