@@ -39,6 +39,7 @@ COMMANDS = {
     "prepare-data": (None, "training data: openr1, generate or score"),
     "prepare-model": ("luffy_trl.prepare_model", "make a base model ready: positions, chat template, EOS"),
     "eval": ("luffy_trl.eval", "evaluate models on the benchmarks of the paper"),
+    "report": ("luffy_trl.report", "a run as one HTML file: curves, groups, recipe; which tokens teach"),
 }
 PACKAGE = Path(__file__).parent
 
