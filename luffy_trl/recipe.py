@@ -92,9 +92,7 @@ def changed_settings(args) -> list[tuple[str, str, str]]:
     return differing(type(args), vars(args), _CORE)
 
 
-def differing(
-    config: type, values: Mapping[str, Any], left_out: Collection[str] = ()
-) -> list[tuple[str, str, str]]:
+def differing(config: type, values: Mapping[str, Any], left_out: Collection[str] = ()) -> list[tuple[str, str, str]]:
     """
     Settings of the recipe that differ from their defaults.
 

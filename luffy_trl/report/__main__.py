@@ -67,13 +67,13 @@ def main(argv: list[str] | None = None):
 
 def _check(args: argparse.Namespace, others: list[str]):
     """Raises a `ValueError` for options that do not belong together."""
-    from ..arguments import first_option
-
     if args.model and args.folders:
         raise ValueError("Give a RUN_FOLDER, or `--model`: curves are of a run, and tokens of a checkpoint.")
     if not args.model and not args.folders:
         raise ValueError("Give a RUN_FOLDER, the `output_dir` of a run, or `--model`. `luffy report -h` says more.")
     if not args.model and others:
+        from ..arguments import first_option  # which loads TRL
+
         raise ValueError(f"`luffy report` knows no argument {first_option(others)!r}. See `luffy report -h`.")
     if args.model and args.watch:
         raise ValueError("`--watch` is of a run that trains, and `--model` of a checkpoint. Remove one.")

@@ -9,6 +9,7 @@ others from running.
 import base64
 import gzip
 import json
+import re
 import secrets
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -66,7 +67,9 @@ def build_page(
     from jinja2 import Environment, PackageLoader  # optional dependencies, of the extra `report`
     from plotly.offline import get_plotlyjs
 
-    template = Environment(loader=PackageLoader("luffy_trl.report", "."), autoescape=True).get_template("template.html")
+    template = Environment(loader=PackageLoader("luffy_trl.report", "."), autoescape=True).get_template(
+        "template.html"
+    )
     figures, others = draw(runs)
     data: dict[str, Any] = {
         "runs": [run.name for run in runs],
@@ -163,9 +166,9 @@ def draw(runs: list[Run]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """
     met = [(run, alarm) for run in runs for alarm in alarms_of(run)]
     panels = list(PANELS)
-    benchmarks = {key: key for run in runs for record in run.log for key in record if key.startswith("eval/")}
-    if benchmarks:
-        panels.insert(2, ("Accuracy on benchmarks", {key: key.removeprefix("eval/") for key in benchmarks}))
+    for title, pattern in (("Reward in evaluation", "eval_(.+_)?reward"), ("Accuracy on benchmarks", "eval/.+")):
+        keys = dict.fromkeys(key for run in runs for record in run.log for key in record if re.fullmatch(pattern, key))
+        panels.append((title, {key: key.removeprefix("eval/").removeprefix("eval_") for key in keys}))
     drawn = {key for _, metrics in panels for key in metrics} | {"step", "epoch"}
     others = dict.fromkeys(key for run in runs for record in run.log for key in record if key not in drawn)
     further = [(key, {key: key}) for key in sorted(others)]
@@ -184,7 +187,7 @@ def _panel(title: str, metrics: dict[str, str], runs: list[Run], met: list[tuple
             points = run.points(key)
             if not points:
                 continue
-            points = points[:: -(-len(points) // _POINTS)]
+            points = points[:: -(-len(points) // _POINTS)] + points[-1:]  # with the last
             # Of one run a colour is a metric; of several it is a run, and metrics differ by their dashes
             color, dash = (place, 0) if len(runs) == 1 else (number, place)
             name = label if len(runs) == 1 else run.name if len(metrics) == 1 else f"{run.name}, {label}"

@@ -210,8 +210,13 @@ def _read_json(path: Path) -> Any:
 
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:
-    """A record without what is no number, but for the step at which the loss stopped being one."""
-    return {key: number(value) for key, value in record.items() if isinstance(value, int | float)}
+    """A record with finite numbers, or `None`. Of several evaluation sets, each metric has the name of its set."""
+    values = {key: number(value) for key, value in record.items() if isinstance(value, int | float)}
+    of_a_set = next((match[1] for key in values if (match := re.fullmatch("eval_(.+)_loss", key))), None)
+    if of_a_set is None:
+        return values
+    prefix = f"eval_{of_a_set}_"
+    return {key if key.startswith(prefix) else re.sub("^eval_", prefix, key): value for key, value in values.items()}
 
 
 def number(value: Any) -> float | None:
@@ -334,9 +339,7 @@ def _kinds(rows: list[Row], run: Run) -> list[str]:
     rollouts = [row for row in rows if row.source not in _GIVEN]
     scored = [row for row in rollouts if row.reward is not None]
     weights = run.about.get("reward_weights", {})
-    full = [
-        sum(weights.get(name, 1.0) for name, value in row.rewards.items() if value is not None) for row in scored
-    ]
+    full = [sum(weights.get(name, 1.0) for name, value in row.rewards.items() if value is not None) for row in scored]
     kinds = []
     if scored and all(row.reward <= 0 for row in scored):
         kinds.append("none")
