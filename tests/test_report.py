@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 from luffy_trl import LuffyConfig, LuffyTrainer
 from luffy_trl.report.__main__ import main
 from luffy_trl.report.alarms import ALARMS, alarms_of
-from luffy_trl.report.page import build_page, draw
+from luffy_trl.report.page import build_page
 from luffy_trl.report.reading import Run, read_run, sample_groups, without_paths
 from luffy_trl.rewards import math_verify_reward
 
@@ -95,7 +95,7 @@ HOSTILE = {
 
 def make_log(steps=30, **changed):
     """Records in which each metric goes from its first value to its last on a line, and stays there."""
-    curves = {**HEALTHY, **{key: value for key, value in changed.items()}}
+    curves = {**HEALTHY, **changed}
     return [
         {key: first + (last - first) * min(i / (0.8 * (steps - 1)), 1.0) for key, (first, last) in curves.items()}
         | {"step": i + 1}
@@ -569,6 +569,9 @@ def test_a_run_of_two_processes(tmp_path, driver):
     env = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     result = luffy("train", *arguments, *launch, cwd=tmp_path, env=env, timeout=300)
     assert result.returncode == 0, result.stderr[-4000:]
+    lines = result.stdout.splitlines()  # of one process
+    assert [line.split()[0] for line in lines] == [*"model data step memory results 1/2 2/2 ended The".split()]
+    assert lines[0].endswith("2 processes on cpu") and max(map(len, lines)) <= 120
     open_report(driver, tmp_path / "out")
     assert texts(driver, "#count") == ["4 of 4 groups"]  # two steps of two processes with a group each
     log = [json.loads(line) for line in (tmp_path / "out" / "_log.jsonl").read_text().splitlines()]
@@ -578,7 +581,7 @@ def test_a_run_of_two_processes(tmp_path, driver):
 
 @needs_browser
 def test_a_long_run_opens_quickly(tmp_path, driver):
-    """500 steps, completions of 8,192 tokens: a file of nearly 10 MB, and less than 3 seconds of the browser's time."""
+    """500 steps, completions of 8,192 tokens: a file of nearly 10 MB, and under 3 seconds of the browser's time."""
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(5000)]
     text = " ".join(rng.choices(words, k=200_000))

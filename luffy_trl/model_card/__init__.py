@@ -16,9 +16,9 @@ from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.trainer.utils import get_comet_experiment_url, get_config_model_id, get_trackio_space_url
 
-from .curves import draw_curves
 from ..provenance import commit_of_run, library_versions
 from ..recipe import changed_settings, describe_adapter, describe_precision
+from .curves import draw_curves
 from .results import EVALUATION_DIR, add_evaluation, benchmark_title, results_in_training
 
 

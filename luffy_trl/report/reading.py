@@ -137,8 +137,8 @@ def read_run(folder: str | Path) -> Run:
     log = _read_log(folder, notes)
     if log is None:
         raise ValueError(
-            f"{str(folder)!r} is no folder of a run: it has no {LOG_FILE} or trainer_state.json, nor a checkpoint with "
-            "one. Give the `output_dir` of `luffy train`, after its first step."
+            f"{str(folder)!r} is no folder of a run: it has no {LOG_FILE} or trainer_state.json, nor a checkpoint "
+            "with one. Give the `output_dir` of `luffy train`, after its first step."
         )
     about = _read_json(folder / RUN_FILE)
     if not isinstance(about, dict):
