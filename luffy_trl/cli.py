@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     if command is None:
         parser.print_help()
         return 0
-    if command in ("train", "sft", "inspect"):
+    if command in ("train", "sft", "inspect", "report"):
         args = _with_shipped_recipe(args)
     if command in LAUNCHED:
         with in_one_line_if_interrupted(TO_CONTINUE[command]):

@@ -18,15 +18,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny
+import torch
+import yaml
 from datasets import Dataset
 from test_cli import luffy, run_flags
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from luffy_trl import LuffyConfig, LuffyTrainer
+from luffy_trl import LuffyConfig, LuffyTrainer, cli
+from luffy_trl.options import own_fields
 from luffy_trl.report.__main__ import main
 from luffy_trl.report.alarms import ALARMS, alarms_of
 from luffy_trl.report.page import build_page
 from luffy_trl.report.reading import Run, read_run, sample_groups, without_paths
+from luffy_trl.report.weights import token_weights
 from luffy_trl.rewards import math_verify_reward
 
 
@@ -314,7 +318,8 @@ def test_it_loads_no_torch_and_training_loads_none_of_it(tmp_path):
     [
         ([], "Give a RUN_FOLDER, the `output_dir` of a run, or `--model`"),
         (["nowhere"], "'nowhere' is no folder"),
-        (["x", "--model", "y"], "Give a RUN_FOLDER, or `--model`"),
+        (["x", "--model", "y"], "knows no argument 'x'"),
+        (["--model", "y"], "`--dataset_name` is needed with `--model`"),
         (["x", "--learning_rate", "1"], "`luffy report` knows no argument '--learning_rate'"),
         (["--model", "y", "--watch"], "`--watch` is of a run that trains"),
         (["x", "--before", "y"], "`--before` is what `--model` is compared with"),
@@ -353,6 +358,62 @@ def test_several_runs_over_each_other(tmp_path, monkeypatch, capsys):
     names = [trace["name"] for trace in data["figures"][0]["figure"]["data"]]
     assert names == ["luffy, rollouts", "luffy (2), rollouts", "luffy, demonstrations", "luffy (2), demonstrations"]
     assert {(group["run"], group["prompt"]) for group in data["groups"]} == {(0, "a/luffy"), (1, "b/luffy")}
+
+
+# -- Which tokens teach
+
+
+def weights_of(probs, **options):
+    args = tiny.make_args("out", **options)
+    return token_weights(args, torch.tensor(probs, dtype=torch.float64).log())
+
+
+def test_weights_by_hand():
+    probs = torch.tensor([1e-4, 0.1, 0.5, 1.0], dtype=torch.float64)
+    for options, expected in (
+        ({}, 0.1 * probs / (probs + 0.1) ** 2),
+        ({"loss_type": "grpo"}, 0.1 * probs / (probs + 0.1) ** 2),
+        ({"policy_shaping_gamma": 0.5}, 0.5 * probs / (probs + 0.5) ** 2),
+        ({"policy_shaping": "none"}, probs),
+        ({"policy_shaping": "sqrt"}, probs.sqrt() / 2),
+        ({"demonstration_advantage_weight": 3.0}, 0.3 * probs / (probs + 0.1) ** 2),
+        ({"demonstration_loss": "sft", "advantage_baseline": "on_policy"}, torch.ones(4)),
+        ({"max_token_prob": 0.6}, 0.1 * probs / (probs + 0.1) ** 2 * (probs < 0.6)),
+        ({"beta": 0.1}, 0.1 * probs / (probs + 0.1) ** 2),  # the reference is where the policy is
+        ({"objective": "rl_plus", "rl_plus_focal": 0.5}, 2 * probs / (1.5 * probs + 0.5) * (1 - probs).sqrt()),
+    ):
+        weights = weights_of(probs.tolist(), **options)
+        torch.testing.assert_close(weights, expected.double(), msg=str(options))
+    for name in ("chord", "srft"):
+        options = yaml.safe_load((cli.PACKAGE / "recipes" / f"{name}.yaml").read_text())
+        kept = {key: value for key, value in options.items() if key in {f.name for f in own_fields(LuffyConfig)}}
+        assert (weights_of([0.1, 0.5], **kept) > 0).all()
+
+
+def test_tokens_of_two_checkpoints(tmp_path, monkeypatch):
+    """The probabilities are those of the trainer's forward pass, and each token is one span of the picture."""
+    run_flags(tmp_path)
+    tiny.save_tiny_model(tmp_path / "later", seed=1)
+    monkeypatch.chdir(tmp_path)
+    flags = ["--dataset_name", "train.jsonl", "--max_completion_length", "32", "--policy_shaping_gamma", "0.2"]
+    assert cli.main(["report", "--model", "later", "--before", "model", "--rows", "2", *flags]) == 0
+    pictures = data_of(Path("_report.html").read_text())["weights"]
+    assert len(pictures) == 2
+    tokens = ["<think>", "0", "</think>", "\\", *"boxed{1}", "<|im_end|>"]
+    assert "".join(pictures[0]["tokens"]) == "".join(tokens) and "0+1=" in pictures[0]["prompt"]
+    titles = [view["title"].partition(",")[0] for view in pictures[0]["views"]]
+    assert titles == ["Probability", "Weight in the gradient"] * 2
+    tokenizer = AutoTokenizer.from_pretrained("model")
+    for view, path in zip(pictures[0]["views"][1::2], ("model", "later"), strict=True):
+        model = AutoModelForCausalLM.from_pretrained(path)
+        ids = tokenizer("0+1=")["input_ids"] + tokenizer("<think>0</think>\\boxed{1}<|im_end|>")["input_ids"]
+        logps = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        probs = torch.stack([logps[place - 1, ids[place]] for place in range(4, len(ids))]).exp().detach()
+        torch.testing.assert_close(torch.tensor(view["probs"]), probs, rtol=1e-4, atol=1e-6)
+        expected = 0.2 * probs / (probs + 0.2) ** 2
+        torch.testing.assert_close(torch.tensor(view["weights"]), expected, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="All 8 traces have more tokens than .* `luffy inspect` says more"):
+        main(["--model", "model", "--dataset_name", "train.jsonl", "--max_completion_length", "2"])
 
 
 # -- What training writes
@@ -397,6 +458,31 @@ def test_a_resumed_run_has_each_step_once(tmp_path):
     about = json.loads((tmp_path / "out" / "_run.json").read_text())
     assert about["recipe"]["num_generations"] == 4 and about["reward_weights"] == {"is_even": 1.0}
     assert ["num_generations", "4", "8"] in about["differing"] and "trl" in about["versions"]
+
+
+def test_the_card_links_the_report(tmp_path):
+    """What goes to the Hub names neither the token nor a path of this machine, also where files are unpacked."""
+    model = tiny.save_tiny_model(tmp_path / "model")
+    options = {"log_completions": True, "num_completions_to_print": 0, "hub_token": "hf_verysecrettoken"}
+    for is_linked in (False, True):
+        folder = tmp_path / f"out_{is_linked}"
+        args = tiny.make_args(folder, report_to_hub=is_linked, **options)
+        trainer = LuffyTrainer(model, tiny.is_even, args, Dataset.from_list(tiny.addition_rows(8)))
+        trainer.train()
+        trainer.create_model_card()
+        assert ("](report.html)" in (folder / "README.md").read_text()) == is_linked
+        assert (folder / "report.html").exists() == is_linked
+    html = (tmp_path / "out_True" / "report.html").read_text()
+    data = data_of(html)
+    assert len(data["groups"]) == 1 and data["refresh"] is None and "from model:" in html
+    for text in (html, json.dumps(data)):
+        assert "verysecret" not in text and str(tmp_path) not in text
+
+
+def test_a_report_for_the_hub_needs_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    with pytest.raises(ValueError, match=r"`report_to_hub=True` needs plotly: `pip install luffy-trl\[report\]`"):
+        tiny.make_args("out", report_to_hub=True)
 
 
 # -- In a browser
@@ -525,6 +611,20 @@ def test_a_lone_surrogate_and_numbers_that_json_lacks(tmp_path):
     html = build_page([], pictures=[picture])
     html.encode("ascii")
     assert data_of(html)["weights"] == [picture]
+
+
+@needs_browser
+def test_tokens_in_colour(tmp_path, driver):
+    values = {"probs": [0.1, 0.9], "weights": [0.5, -0.5]}
+    views = [{"title": "Weight", "values": [0.5, -0.5], "scale": 0.5, "hue": 35, **values}]
+    picture = {"prompt": "<i>", "tokens": ["</script>", "\x1b"], "views": views}
+    (tmp_path / "page.html").write_text(build_page([], pictures=[picture]))
+    assert browser.open_page(driver, tmp_path / "page.html") == []
+    assert texts(driver, ".tokens span") == ["</script>", "\u241b"]
+    look = "(s) => [getComputedStyle(s).backgroundColor, s.title]"
+    script = f"return [...document.querySelectorAll('.tokens span')].map({look})"
+    (orange, title), (red, _) = driver.execute_script(script)
+    assert orange != red != "rgb(255, 255, 255)" and title == "probability 0.100, weight 0.500"
 
 
 @needs_browser

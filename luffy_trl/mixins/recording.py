@@ -67,9 +67,9 @@ class RunRecorder(TrainerCallback):
 
     def _describe(self) -> dict[str, Any]:
         trainer, args = self.trainer, self.trainer.args
-        weights = trainer.reward_weights.tolist()
+        model, weights = get_config_model_id(trainer.model.config), trainer.reward_weights.tolist()
         return {
-            "model": get_config_model_id(trainer.model.config),
+            "model": Path(model).name if Path(model).exists() else model,  # a folder here says nothing to others
             "reward_weights": dict(zip(trainer.reward_func_names, weights, strict=True)),
             "recipe": {name: getattr(args, name) for name in _RECIPE if hasattr(args, name)},
             "differing": differing(type(args), vars(args), left_out=_DERIVED),

@@ -22,15 +22,17 @@ from .page import build_page, write_page
 from .reading import Run, read_run
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of the command line."""
+def make_parser(has_folders: bool = True) -> argparse.ArgumentParser:
+    """The parser of the command line; without folders where the options of `luffy train` have values of their own."""
     parser = argparse.ArgumentParser(
         prog="luffy report",
         description=__doc__.strip().splitlines()[0].rstrip(":") + ".",
         epilog="With `--model`, all options of `luffy train` are taken: the weights are those of its objective.",
         allow_abbrev=False,
     )
-    parser.add_argument("folders", nargs="*", metavar="RUN_FOLDER", help="The output_dir of a run.")
+    parser.set_defaults(folders=[])
+    if has_folders:
+        parser.add_argument("folders", nargs="*", metavar="RUN_FOLDER", help="The output_dir of a run.")
     parser.add_argument(
         "--output", type=Path, help="The file. Default: _report.html in the folder of the run, or here of several."
     )
@@ -47,8 +49,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None):
     """Makes a report."""
-    parser = make_parser()
-    args, others = parser.parse_known_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    is_of_a_model = any(word.partition("=")[0] == "--model" for word in argv)
+    args, others = make_parser(has_folders=not is_of_a_model).parse_known_args(argv)
     _check(args, others)
     if args.model:
         from .weights import weigh_rows  # which loads torch and the model
@@ -67,8 +70,6 @@ def main(argv: list[str] | None = None):
 
 def _check(args: argparse.Namespace, others: list[str]):
     """Raises a `ValueError` for options that do not belong together."""
-    if args.model and args.folders:
-        raise ValueError("Give a RUN_FOLDER, or `--model`: curves are of a run, and tokens of a checkpoint.")
     if not args.model and not args.folders:
         raise ValueError("Give a RUN_FOLDER, the `output_dir` of a run, or `--model`. `luffy report -h` says more.")
     if not args.model and others:
