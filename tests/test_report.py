@@ -402,9 +402,9 @@ def test_tokens_of_two_checkpoints(tmp_path, monkeypatch):
     tokens = ["<think>", "0", "</think>", "\\", *"boxed{1}", "<|im_end|>"]
     assert "".join(pictures[0]["tokens"]) == "".join(tokens) and "0+1=" in pictures[0]["prompt"]
     titles = [view["title"].partition(",")[0] for view in pictures[0]["views"]]
-    assert titles == ["Probability", "Weight in the gradient"] * 2
+    assert titles == ["Probability", "Weight", "Weight x (1 - probability)"] * 2
     tokenizer = AutoTokenizer.from_pretrained("model")
-    for view, path in zip(pictures[0]["views"][1::2], ("model", "later"), strict=True):
+    for view, path in zip(pictures[0]["views"][1::3], ("model", "later"), strict=True):
         model = AutoModelForCausalLM.from_pretrained(path)
         ids = tokenizer("0+1=")["input_ids"] + tokenizer("<think>0</think>\\boxed{1}<|im_end|>")["input_ids"]
         logps = model(torch.tensor([ids])).logits[0].log_softmax(-1)
@@ -412,6 +412,10 @@ def test_tokens_of_two_checkpoints(tmp_path, monkeypatch):
         torch.testing.assert_close(torch.tensor(view["probs"]), probs, rtol=1e-4, atol=1e-6)
         expected = 0.2 * probs / (probs + 0.2) ** 2
         torch.testing.assert_close(torch.tensor(view["weights"]), expected, rtol=1e-4, atol=1e-6)
+        assert view["values"] == view["weights"]
+    for view in pictures[0]["views"][2::3]:
+        expected = [weight * (1 - prob) for weight, prob in zip(view["weights"], view["probs"], strict=True)]
+        assert view["values"] == pytest.approx(expected, rel=1e-3, abs=1e-6)
     with pytest.raises(ValueError, match="All 8 traces have more tokens than .* `luffy inspect` says more"):
         main(["--model", "model", "--dataset_name", "train.jsonl", "--max_completion_length", "2"])
 

@@ -28,7 +28,7 @@ from .reading import without_paths
 
 
 _ROWS_READ = 64  # to find so many rows with a trace
-_BLUE, _ORANGE = 220, 35
+_BLUE, _ORANGE, _GREEN = 220, 35, 140
 
 
 def token_weights(args: LuffyConfig, logps: torch.Tensor, entropies: torch.Tensor | None = None) -> torch.Tensor:
@@ -144,19 +144,26 @@ def weigh_rows(name: str, before: str | None, num_rows: int, options: list[str])
                 label or without_paths(path), logps.exp(), token_weights(args, logps, entropies)
             )
         del model
-    for picture in pictures:  # weights before and after have one scale
-        weights = [view for view in picture["views"] if view["hue"] == _ORANGE]
-        scale = max(abs(value) for view in weights for value in view["values"]) or 1.0
-        for view in weights:
-            view["scale"] = scale
-            view["title"] += f", {scale:.3g} in full colour"
+    for picture in pictures:  # before and after have one scale
+        for hue in (_ORANGE, _GREEN):
+            views = [view for view in picture["views"] if view["hue"] == hue]
+            scale = max(abs(value) for view in views for value in view["values"]) or 1.0
+            for view in views:
+                view |= {"scale": scale, "title": f"{view['title']}; full colour is {scale:.3g}"}
     return pictures
 
 
 def _views(label: str, probs: torch.Tensor, weights: torch.Tensor) -> list[dict[str, Any]]:
-    """Two pictures of a trace: the probability of each token, and its weight."""
+    """Three pictures of a trace: the probability of each token, its weight, and how hard its logit is pulled."""
     values = {"probs": probs.tolist(), "weights": weights.tolist()}
+    pull = (weights * (1 - probs)).tolist()  # the log-prob of a token grows by 1 - pi with its logit
     return [
         {"title": f"Probability, {label}", "values": values["probs"], "scale": 1.0, "hue": _BLUE, **values},
-        {"title": f"Weight in the gradient, {label}", "values": values["weights"], "hue": _ORANGE, **values},
+        {"title": f"Weight, {label}", "values": values["weights"], "hue": _ORANGE, **values},
+        {
+            "title": f"Weight x (1 - probability), the pull on its logit, {label}",
+            "values": pull,
+            "hue": _GREEN,
+            **values,
+        },
     ]
