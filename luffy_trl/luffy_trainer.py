@@ -203,7 +203,9 @@ class LuffyTrainer(
             batch.rewards = batch.rollout_rewards
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
         described = metrics.describe_completions(completion_ids_list, ends, batch)
-        self._pending_extra_logs.update(batch.extra_logs, source=batch.sources, **described)
+        # A column that a reward function logs under one of these names is the user's
+        self._pending_extra_logs.update(described | self._pending_extra_logs | batch.extra_logs)
+        self._pending_extra_logs["source"] = batch.sources
         return batch.rollout_rewards
 
     def _replace_advantages(self, batch: MixedBatch, output: dict[str, torch.Tensor | Any]):

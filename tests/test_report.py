@@ -331,6 +331,12 @@ def test_mistakes(arguments, message):
         main(arguments)
 
 
+def test_a_missing_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    with pytest.raises(ImportError, match=r"For a report, plotly.* is needed: `pip install luffy-trl\[report\]`"):
+        main([str(write_run(tmp_path))])
+
+
 def test_watching(tmp_path):
     """From before the first step to the end, in another process; the page loads itself again until then."""
     folder = tmp_path / "run"
@@ -462,6 +468,20 @@ def test_a_resumed_run_has_each_step_once(tmp_path):
     about = json.loads((tmp_path / "out" / "_run.json").read_text())
     assert about["recipe"]["num_generations"] == 4 and about["reward_weights"] == {"is_even": 1.0}
     assert ["num_generations", "4", "8"] in about["differing"] and "trl" in about["versions"]
+
+
+def test_a_column_of_the_users_is_kept(tmp_path):
+    def counting(completions, log_extra=None, **kwargs):
+        log_extra("tokens", ["mine"] * len(completions))
+        return [1.0] * len(completions)
+
+    model = tiny.save_tiny_model(tmp_path / "model")
+    args = tiny.make_args(tmp_path / "out", log_completions=True, num_completions_to_print=0)
+    LuffyTrainer(model, counting, args, Dataset.from_list(tiny.addition_rows(4))).train()
+    table = pq.read_table(tmp_path / "out" / "completions" / "completions_00001.parquet")
+    assert table.column("tokens").to_pylist() == ["mine"] * 4 and len(table.column("truncated")) == 4
+    group = next(sample_groups(read_run(tmp_path / "out"), 0))
+    assert [row.tokens for row in group.rows] == [None] * 4
 
 
 def test_the_card_links_the_report(tmp_path):

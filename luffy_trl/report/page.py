@@ -64,8 +64,11 @@ def build_page(
     Returns:
         `str`: HTML.
     """
-    from jinja2 import Environment, PackageLoader  # optional dependencies, of the extra `report`
-    from plotly.offline import get_plotlyjs
+    try:
+        from jinja2 import Environment, PackageLoader
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise ImportError(f"For a report, {error.name} is needed: `pip install luffy-trl[report]`.") from error
 
     template = Environment(loader=PackageLoader("luffy_trl.report", "."), autoescape=True).get_template(
         "template.html"
@@ -95,7 +98,7 @@ def write_page(path: Path, html: str):
     """Writes a file that is there when it is complete: a browser may read it at any time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(html)
+    partial.write_text(html, encoding="utf-8", errors="replace")
     partial.replace(path)
 
 

@@ -170,7 +170,7 @@ def read_run(folder: str | Path) -> Run:
 def _read_log(folder: Path, notes: list[str]) -> list[dict[str, Any]] | None:
     """The log, of which a line may be written this very moment; of runs without one, the newest trainer state."""
     try:
-        lines = (folder / LOG_FILE).read_text(errors="replace").splitlines()
+        lines = (folder / LOG_FILE).read_text("utf-8", errors="replace").splitlines()
     except OSError:
         lines = []
     records = []
@@ -204,7 +204,7 @@ def _parse(text: str) -> Any:
 
 def _read_json(path: Path) -> Any:
     try:
-        return _parse(path.read_text(errors="replace"))
+        return _parse(path.read_text("utf-8", errors="replace"))
     except OSError:
         return None
 
