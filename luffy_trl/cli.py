@@ -39,6 +39,7 @@ COMMANDS = {
     "prepare-data": (None, "training data: openr1, generate or score"),
     "prepare-model": ("luffy_trl.prepare_model", "make a base model ready: positions, chat template, EOS"),
     "eval": ("luffy_trl.eval", "evaluate models on the benchmarks of the paper"),
+    "report": ("luffy_trl.report", "a run as one HTML file: curves, groups, recipe; which tokens teach"),
 }
 PACKAGE = Path(__file__).parent
 
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     if command is None:
         parser.print_help()
         return 0
-    if command in ("train", "sft", "inspect"):
+    if command in ("train", "sft", "inspect", "report"):
         args = _with_shipped_recipe(args)
     if command in LAUNCHED:
         with in_one_line_if_interrupted(TO_CONTINUE[command]):

@@ -10,6 +10,7 @@ import string
 import warnings
 from collections.abc import Callable
 from dataclasses import fields
+from importlib.util import find_spec
 from typing import Any, Literal, TypeAlias, get_args, get_origin
 
 from trl import GRPOConfig
@@ -140,6 +141,13 @@ def types(args: Args):
         if not is_number or not math.isfinite(value):
             kind = "a whole number" if is_integer else "a number"
             raise ValueError(f"`{f.name}` must be {kind}, got {value!r}.")
+
+
+def installed_extras(args: Args):
+    """What an option needs is installed before a model is loaded."""
+    for name in ("plotly", "jinja2") if args.report_to_hub else ():
+        if find_spec(name) is None:
+            raise ValueError(f"`report_to_hub=True` needs {name}: `pip install luffy-trl[report]`.")
 
 
 def choices(args: Args):
@@ -512,6 +520,7 @@ def options_of_demonstrations(args: Args):
 RULES: tuple[Callable[[Args], None], ...] = (
     types,
     choices,
+    installed_extras,
     a_rollout_in_each_group,
     positive_parameters,
     parameters_with_their_option,

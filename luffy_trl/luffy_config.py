@@ -256,6 +256,14 @@ class LuffyConfig(GRPOConfig):
 
             Each process keeps those of the traces that it meets.
 
+        > Report
+
+        report_to_hub (`bool`, *optional*, defaults to `False`):
+            Whether the model card, written after training, links a report of the run beside it, `report.html`, which
+            `push_to_hub` uploads. It shows prompts and completions if `log_completions` is set.
+
+            It is the page of `luffy report`, and needs `pip install luffy-trl[report]`.
+
         > Ablations of the released code
 
         policy_shaping_power (`float`, *optional*, defaults to `0.5`):
@@ -365,6 +373,9 @@ class LuffyConfig(GRPOConfig):
     padding_free: bool = False
     cache_demonstration_rewards: bool = False
     cache_demonstration_ref_logps: bool = False
+
+    # Report
+    report_to_hub: bool = False
 
     # Ablations of the released code
     policy_shaping_power: float = 0.5

@@ -36,6 +36,7 @@ from .methods import OPTIONS_OF_A_METHOD, Method
 from .mixins.length_aware import LengthAwareTrainer
 from .mixins.measuring import MeasuringTrainer
 from .mixins.model_cards import LUFFY_PAPER, CardTrainer
+from .mixins.recording import RecordingTrainer
 from .mixins.safety import SafeTrainer
 from .mixins.sampling import UnevenSamplingTrainer
 from .scoring import score_once
@@ -44,7 +45,9 @@ from .scoring import score_once
 Rows: TypeAlias = Dataset | IterableDataset
 
 
-class LuffyTrainer(LengthAwareTrainer, MeasuringTrainer, UnevenSamplingTrainer, SafeTrainer, CardTrainer):
+class LuffyTrainer(
+    LengthAwareTrainer, MeasuringTrainer, UnevenSamplingTrainer, SafeTrainer, RecordingTrainer, CardTrainer
+):
     """
     Trainer for LUFFY: GRPO in which some completions of each group are demonstrations from the dataset, with a shaped
     importance ratio. It takes every argument of [`~trl.GRPOTrainer`], under the same names.
@@ -196,7 +199,11 @@ class LuffyTrainer(LengthAwareTrainer, MeasuringTrainer, UnevenSamplingTrainer, 
             batch.rewards = torch.where(batch.is_replaced.unsqueeze(1), rewards, batch.rollout_rewards)
         else:
             batch.rewards = batch.rollout_rewards
-        self._pending_extra_logs.update(batch.extra_logs, source=batch.sources)
+        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+        described = metrics.describe_completions(completion_ids_list, ends, batch)
+        # A column that a reward function logs under one of these names is the user's
+        self._pending_extra_logs.update(described | self._pending_extra_logs | batch.extra_logs)
+        self._pending_extra_logs["source"] = batch.sources
         return batch.rollout_rewards
 
     def _replace_advantages(self, batch: MixedBatch, output: dict[str, torch.Tensor | Any]):

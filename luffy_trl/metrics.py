@@ -218,6 +218,17 @@ def describe_rollouts(completion_ids: list[list[int]], ends: set[int], batch: Mi
     return describe_lengths(described[:, 0], described[:, 1].bool())
 
 
+def describe_completions(completion_ids: list[list[int]], ends: set[int], batch: MixedBatch) -> dict[str, list]:
+    """Columns of the completions table, with B values: the tokens of each, and whether it is a rollout without end."""
+    is_given = [shown is not None and shown.is_complete for shown in batch.demonstrations]
+    return {
+        "tokens": [len(ids) for ids in completion_ids],
+        "truncated": [
+            not given and not ends.intersection(ids[-1:]) for ids, given in zip(completion_ids, is_given, strict=True)
+        ],
+    }
+
+
 def describe_lengths(lengths: torch.Tensor, is_truncated: torch.Tensor) -> dict[str, float]:
     """TRL's metrics of the length of completions, by its formulas: of all, and of those that end by themselves."""
     lengths = lengths.float()

@@ -89,9 +89,9 @@ def explained_arguments(args: TrainingArguments):
     for name in ("save_strategy", "eval_strategy", "logging_strategy"):
         if getattr(args, name) is False:  # YAML's `no`
             setattr(args, name, "no")
-    # TRL's default, under the name that transformers does not warn of
-    if args.gradient_checkpointing and getattr(args, "activation_checkpointing", True) is None:
-        args.activation_checkpointing = True
+    # The option of TRL and of the recipes, under the name that transformers does not warn of
+    if args.gradient_checkpointing is not None and getattr(args, "activation_checkpointing", True) is None:
+        args.activation_checkpointing = args.gradient_checkpointing
     try:
         yield
     except ValueError as error:

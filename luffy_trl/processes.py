@@ -13,6 +13,7 @@ import warnings
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import IterableDataset
@@ -60,6 +61,8 @@ def start_script():
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         # A launcher that is killed cannot end its children
         ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # which DeepSpeed finds out too, with a warning
     # TRL calls methods of transformers by names that have changed
     warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing", FutureWarning, "transformers.modeling_utils")
 

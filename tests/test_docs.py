@@ -46,6 +46,7 @@ from luffy_trl.eval.runner import EvaluationArguments
 from luffy_trl.losses import Shaping
 from luffy_trl.model_card.__main__ import CardArguments
 from luffy_trl.prepare_model import PrepareArguments
+from luffy_trl.report import __main__ as report
 from luffy_trl.scripts import sft, train
 
 
@@ -199,6 +200,8 @@ def check_luffy(arguments, is_run, monkeypatch):
     module = cli.PREPARE_DATA[command[1]][0] if len(command) == 2 else cli.COMMANDS[command[0]][0]
     if module in ARGUMENTS:
         run_module(module, arguments[len(command) :], is_run, command)
+    elif module == "luffy_trl.report" and not is_run:
+        report.make_parser().parse_args(arguments[1:])
     else:
         run_cli(arguments)
 
@@ -322,6 +325,7 @@ def test_options_in_running_text():
         train.make_parser(),
         sft.make_parser(),
         launch.launch_command_parser(),
+        report.make_parser(),
         *map(HfArgumentParser, ARGUMENTS.values()),
     ]
     known = {option for parser in parsers for option in parser._option_string_actions}

@@ -68,9 +68,9 @@ args = tiny.make_args(sys.argv[1] + "/out")
 rows = Dataset.from_list(tiny.addition_rows(4))
 luffy_trl.LuffyTrainer(sys.argv[1] + "/model", math_verify_reward, args, rows)
 own = {name for name in sys.modules if name.startswith("luffy_trl.")}
-wings = "luffy_trl.eval", "luffy_trl.model_card", "luffy_trl.data"
+wings = "luffy_trl.eval", "luffy_trl.model_card", "luffy_trl.data", "luffy_trl.report"
 unwanted = [name for name in own if name.startswith(wings)]
-unwanted += {"math_verify", "matplotlib", "openai"} & set(sys.modules)
+unwanted += {"math_verify", "matplotlib", "openai", "plotly"} & set(sys.modules)
 assert not unwanted, unwanted
 """
     command = [sys.executable, "-c", code, str(tmp_path), str(Path(__file__).parent)]

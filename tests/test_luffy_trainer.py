@@ -1313,4 +1313,4 @@ def test_everything_that_is_overridden_is_guarded():
         for name, value in vars(cls).items()
         if inspect.isfunction(value) and hasattr(GRPOTrainer, name)
     }
-    assert overridden == guarded and len(own) == 7
+    assert overridden == guarded and len(own) == 8

@@ -11,6 +11,7 @@ from trl import GRPOConfig, GRPOTrainer
 from luffy_trl import LuffyTrainer
 from luffy_trl.groups import Caches, Demonstration, MixedBatch
 from luffy_trl.mixins.model_cards import CardTrainer
+from luffy_trl.mixins.recording import RecordingTrainer
 from luffy_trl.mixins.resuming import ResumingTrainer
 from luffy_trl.mixins.safety import SafeTrainer
 from luffy_trl.mixins.sampling import UnevenSamplingTrainer
@@ -37,7 +38,7 @@ def assert_equal(weights, expected):
     assert all(torch.equal(value, expected[name]) for name, value in weights.items())
 
 
-@pytest.mark.parametrize("cls", [ResumingTrainer, UnevenSamplingTrainer, SafeTrainer, CardTrainer])
+@pytest.mark.parametrize("cls", [ResumingTrainer, UnevenSamplingTrainer, SafeTrainer, RecordingTrainer, CardTrainer])
 def test_a_mixin_alone_is_grpo_to_the_bit(model_path, tmp_path, cls):
     options = {"max_steps": 3, "steps_per_generation": 2, "gradient_accumulation_steps": 1}
     expected = weights_after(make_trainer(GRPOTrainer, model_path, tmp_path / "stock", **options))

@@ -52,7 +52,8 @@ def read_history(folder, tracker):
 def check_tables(tables):
     """The completions of each record: columns, steps, and who wrote them."""
     for table in tables:
-        assert set(table[0]) == {"step", "prompt", "completion", "is_demonstration_text", "source", "advantage"}
+        columns = {"step", "prompt", "completion", "is_demonstration_text", "source", "advantage"}
+        assert set(table[0]) == columns | {"tokens", "truncated"}
     summaries = [({row["step"] for row in table}, [row["source"] for row in table]) for table in tables]
     training, evaluation = ["demonstration", *["rollout"] * 3], ["rollout"] * 4  # TRL keeps one generation batch
     # the record of the end of the run repeats the last table

@@ -16,9 +16,9 @@ from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.trainer.utils import get_comet_experiment_url, get_config_model_id, get_trackio_space_url
 
+from ..provenance import commit_of_run, library_versions
+from ..recipe import changed_settings, describe_adapter, describe_precision
 from .curves import draw_curves
-from .provenance import commit_of_run, library_versions
-from .recipe import changed_settings, describe_adapter, describe_precision
 from .results import EVALUATION_DIR, add_evaluation, benchmark_title, results_in_training
 
 
@@ -77,6 +77,7 @@ def save_model_card(
         sequences_per_update=args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
         pictures=_draw(trainer, folder),
         in_training=in_training,
+        has_report=_write_report(trainer, folder),
         wandb_url=_wandb_url(),
         trackio_url=get_trackio_space_url(),
         comet_url=get_comet_experiment_url(),
@@ -124,6 +125,21 @@ def _draw(trainer: GRPOTrainer, folder: Path) -> dict[str, str]:
     history = trainer.state.log_history
     keys = dict.fromkeys(key for record in history for key in record if key.startswith("eval/"))
     return draw_curves(history, folder, {key: benchmark_title(key.removeprefix("eval/")) for key in keys})
+
+
+def _write_report(trainer: GRPOTrainer, folder: Path) -> bool:
+    """Writes the report of a run that has ended, where it is to go to the Hub."""
+    if not getattr(trainer.args, "report_to_hub", False) or trainer.is_in_train:
+        return False
+    from ..report.page import build_page, write_page
+    from ..report.reading import read_run
+
+    try:
+        html = build_page([read_run(folder)])
+    except ValueError:  # before the first step
+        return False
+    write_page(folder / "report.html", html)
+    return True
 
 
 def _wandb_url() -> str | None:

@@ -10,6 +10,7 @@ follows its prompt as the policy would have sampled it, ends in one end-of-seque
 """
 
 import json
+from collections.abc import Sized
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,6 +35,7 @@ from ..demonstrations import (
 )
 from ..errors import TO_RESUME, in_one_line, in_one_line_if_interrupted, loading_model
 from ..options import described, explained_arguments, own_fields
+from ..printing import describe_memory, describe_model, describe_results, print_short_lines, set_up_output
 from ..processes import check_output_dir, start_script
 
 
@@ -58,6 +60,8 @@ class SFTScriptArguments(ScriptArguments):
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
             Whether to delete the checkpoints of an earlier run in `output_dir`. Without it, and without
             `resume_from_checkpoint`, a run does not start where there are some.
+        print_all_metrics (`bool`, *optional*, defaults to `False`):
+            Whether to print all metrics of a record, as transformers does. Otherwise a line has those that matter.
     """
 
     max_prompt_length: int = 1024
@@ -65,6 +69,7 @@ class SFTScriptArguments(ScriptArguments):
     demonstration_overflow: Literal["drop", "truncate", "error"] = "drop"
     chat_template_kwargs: dict | str | None = None
     overwrite_output_dir: bool = False
+    print_all_metrics: bool = False
 
     def __post_init__(self):
         if isinstance(self.chat_template_kwargs, str):  # from the command line
@@ -98,6 +103,7 @@ def main(script_args: SFTScriptArguments, training_args: TraceSFTConfig, model_a
     """Trains a model on the traces."""
     if script_args.dataset_name is None:
         raise ValueError("`dataset_name` is required: a dataset on the Hub, a local folder or a file.")
+    set_up_output(training_args)
     check_model(model_args)
     check_machine(training_args)
     check_output_dir(training_args, script_args.overwrite_output_dir)
@@ -141,6 +147,16 @@ def main(script_args: SFTScriptArguments, training_args: TraceSFTConfig, model_a
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    if not script_args.print_all_metrics:
+        dataset = trainer.train_dataset
+        size = f"{len(dataset):,} rows" if isinstance(dataset, Sized) else "a stream"
+        facts = {
+            "model": describe_model(model_args.model_name_or_path, trainer),
+            "data": f"{script_args.dataset_name}, {size} with a trace each",
+            "memory": describe_memory(trainer),
+            "results": describe_results(training_args),
+        }
+        print_short_lines(trainer, facts)
     resume = training_args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     trainer.save_model(training_args.output_dir)

@@ -13,6 +13,7 @@ import functools
 import importlib
 import os
 import sys
+from collections.abc import Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +32,7 @@ from ..inspection import inspect_dataset
 from ..luffy_config import LuffyConfig
 from ..luffy_trainer import LuffyTrainer
 from ..options import described, own_fields
+from ..printing import describe_memory, describe_model, describe_results, print_short_lines, set_up_output
 from ..processes import check_output_dir, start_script
 from ..rewards import math_verify_reward
 
@@ -74,6 +76,10 @@ class LuffyScriptArguments(ScriptArguments):
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
             Whether to delete the checkpoints of an earlier run in `output_dir`. Without it, and without
             `resume_from_checkpoint`, a run does not start where there are some.
+        print_all_metrics (`bool`, *optional*, defaults to `False`):
+            Whether to print all metrics of a record, as transformers does. Otherwise a line has those that matter.
+
+            With `log_completions`, `num_completions_to_print` prints a table of so many completions beside it.
     """
 
     eval_dataset_names: list[str] | None = None
@@ -82,6 +88,7 @@ class LuffyScriptArguments(ScriptArguments):
     require_think: bool = False
     reward_model_name_or_path: str | None = None
     overwrite_output_dir: bool = False
+    print_all_metrics: bool = False
 
     def __post_init__(self):
         for name in ("eval_dataset_names", "reward_funcs"):  # a single one in a YAML file is no list
@@ -165,6 +172,7 @@ def main(script_args: LuffyScriptArguments, training_args: LuffyConfig, model_ar
     """Trains a model."""
     if script_args.dataset_name is None:
         raise ValueError("`dataset_name` is required: a dataset on the Hub, a local folder or a file.")
+    set_up_output(training_args)
     check_model(model_args)
     reward_funcs = get_reward_funcs(script_args)
     check_machine(training_args)
@@ -207,6 +215,8 @@ def main(script_args: LuffyScriptArguments, training_args: LuffyConfig, model_ar
         else:
             eval_dataset = load(script_args.dataset_name, script_args.dataset_test_split)
 
+    if training_args.num_completions_to_print is None and not script_args.print_all_metrics:
+        training_args.num_completions_to_print = 0  # the table of completions is a file; printed, it hides the lines
     trainer = LuffyTrainer(
         model=model_args.model_name_or_path,
         reward_funcs=reward_funcs,
@@ -217,6 +227,15 @@ def main(script_args: LuffyScriptArguments, training_args: LuffyConfig, model_ar
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    if not script_args.print_all_metrics:
+        facts = {
+            "model": describe_model(model_args.model_name_or_path, trainer),
+            "data": _describe_data(script_args, trainer),
+            "step": _describe_step(trainer),
+            "memory": describe_memory(trainer),
+            "results": describe_results(training_args),
+        }
+        print_short_lines(trainer, facts)
     # A local folder or file means nothing to the readers of a model card
     hub_dataset = None if Path(script_args.dataset_name).exists() else script_args.dataset_name
     trainer.create_model_card(dataset_name=hub_dataset)  # for the cards that are pushed with checkpoints too
@@ -234,6 +253,25 @@ def main(script_args: LuffyScriptArguments, training_args: LuffyConfig, model_ar
     trainer.end()
 
 
+def _describe_data(script_args: LuffyScriptArguments, trainer: LuffyTrainer) -> str:
+    """The data, their size and the rewards."""
+    dataset = trainer.train_dataset
+    size = f"{len(dataset):,} rows" if isinstance(dataset, Sized) else "a stream"
+    return f"{script_args.dataset_name}, {size}, scored by {', '.join(trainer.reward_func_names)}"
+
+
+def _describe_step(trainer: LuffyTrainer) -> str:
+    """What is sampled at once, and for how many updates."""
+    args = trainer.args
+    updates = args.steps_per_generation * args.num_iterations / args.gradient_accumulation_steps
+    given = f", up to {args.num_demonstrations} of them demonstrations" if args.num_demonstrations else ""
+    steps = f"{args.max_steps} updates" if args.max_steps > 0 else f"{args.num_train_epochs:g} passes over the data"
+    return (
+        f"{args.generation_batch_size // args.num_generations} prompts x {args.num_generations} completions{given}, "
+        f"of at most {args.max_completion_length} tokens, for {updates:g} update{'' if updates == 1 else 's'}; {steps}"
+    )
+
+
 def make_parser(**kwargs) -> Parser:
     """The parser of the command line, for `luffy` as well."""
     return Parser((LuffyScriptArguments, LuffyConfig, ModelConfig), **kwargs)
@@ -246,7 +284,8 @@ OWN_OPTIONS = {
     *("num_generations", "max_completion_length", "temperature", "beta", "loss_type", "use_vllm", "vllm_mode"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "max_steps"),
     *("num_train_epochs", "learning_rate", "max_grad_norm", "bf16", "use_cpu", "seed", "logging_steps", "save_steps"),
-    *("eval_strategy", "eval_steps", "report_to", "log_completions", "resume_from_checkpoint", "push_to_hub"),
+    *("eval_strategy", "eval_steps", "report_to", "log_completions"),
+    *("num_completions_to_print", "log_level", "resume_from_checkpoint", "push_to_hub"),
 }
 
 

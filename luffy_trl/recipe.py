@@ -2,6 +2,7 @@
 
 """The recipe of a run: the settings that decide what comes out."""
 
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, fields
 from enum import Enum
 from typing import Any
@@ -79,12 +80,17 @@ _CORE = {
 
 def changed_settings(args) -> list[tuple[str, str, str]]:
     """Name, value and default of the settings that differ from their defaults, beside those of the core table."""
+    return differing(type(args), vars(args), _CORE)
+
+
+def differing(config: type, values: Mapping[str, Any], left_out: Collection[str] = ()) -> list[tuple[str, str, str]]:
+    """Name, value and default of the settings that differ, from the dataclass and the values of a recipe."""
     of_every_trainer = {field.name for field in fields(TrainingArguments)} - _TRAINING_ARGUMENTS
-    left_out = of_every_trainer | _NOT_OF_THE_RECIPE | _CORE
+    left_out = of_every_trainer | _NOT_OF_THE_RECIPE | set(left_out)
     rows = []
-    for field in fields(args):
+    for field in fields(config):
         default = field.default_factory() if field.default_factory is not MISSING else field.default
-        value = getattr(args, field.name)
+        value = values.get(field.name, default)
         if field.name not in left_out and value != default:
             rows.append((field.name, _cell(value), _cell(default)))
     return rows
