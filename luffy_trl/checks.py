@@ -52,7 +52,9 @@ def reward_name(reward_func: Callable | str) -> str:
     return getattr(reward_func, "__name__", type(reward_func).__name__)
 
 
-def check_arguments(args: LuffyConfig, reward_funcs: Any, train_dataset: Any, unsupported: dict[str, Any]):
+def check_arguments(
+    args: LuffyConfig, reward_funcs: Any, train_dataset: Any, tools: Any, rollout_func: Any, environment_factory: Any
+):
     """
     Checks what is passed to the trainer, before a tokenizer or a model is loaded.
 
@@ -63,8 +65,8 @@ def check_arguments(args: LuffyConfig, reward_funcs: Any, train_dataset: Any, un
             Reward functions.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Training data.
-        unsupported (`dict[str, Any]`):
-            Arguments, by their names, that plain GRPO alone takes.
+        tools, rollout_func, environment_factory:
+            As of [`~trl.GRPOTrainer`].
 
     Raises:
         ValueError: If something has no meaning with demonstrations, is not installed, or does not fit.
@@ -72,17 +74,18 @@ def check_arguments(args: LuffyConfig, reward_funcs: Any, train_dataset: Any, un
     if not isinstance(args, LuffyConfig):
         raise ValueError(f"`args` must be a `LuffyConfig`, got `{type(args).__name__}`. It takes the same fields.")
     if not args.is_plain_grpo:
-        for name, value in unsupported.items():
-            if value:
-                raise ValueError(
-                    f"`{name}` is not supported together with demonstrations: a trace from the dataset has not "
-                    f"interacted with it. Remove `{name}`, or train plain GRPO (`num_demonstrations=0`, "
-                    "`ratio_clipping='on_policy'`, `length_aware_batching=False`)."
-                )
+        if rollout_func is not None:
+            raise ValueError(
+                "`rollout_func` is not supported together with demonstrations: it generates all completions itself. "
+                "Remove it, or train plain GRPO (`num_demonstrations=0`, `ratio_clipping='on_policy'`, "
+                "`length_aware_batching=False`)."
+            )
+        check_acting(args, getattr(train_dataset, "column_names", None), tools, environment_factory)
     check_number_of_rows(train_dataset, args)
     if not args.is_plain_grpo:
         check_machine(args)
-        check_reward_columns(reward_funcs, getattr(train_dataset, "column_names", None))
+        passed = {"environments"} if environment_factory else set()
+        check_reward_columns(reward_funcs, getattr(train_dataset, "column_names", None), passed)
 
 
 def load_tokenizer(
@@ -102,7 +105,31 @@ def load_tokenizer(
     return processing_class
 
 
-def check_reward_columns(reward_funcs: Any, columns: list[str] | None):
+def check_acting(args: LuffyConfig, columns: list[str] | None, tools: Any, environment_factory: Any):
+    """Raises a `ValueError` where a configuration has no meaning for completions that act."""
+    if not tools and not environment_factory:
+        return
+    for name, is_set in (("replay_ratio", args.replay_ratio > 0), ("hint_source", args.hint_source != "none")):
+        if is_set:
+            raise ValueError(
+                f"`{name}={getattr(args, name)!r}` is not supported with tools or environments: what tools have "
+                "answered is not kept, and cannot be asked for again. Remove it."
+            )
+    if not environment_factory or args.num_demonstrations == 0:
+        return
+    if args.prefix_ratio_min < 1:
+        raise ValueError(
+            f"`prefix_ratio_min={args.prefix_ratio_min}` with `environment_factory`: no environment is in the state "
+            "in which a part of a trace leaves it. Show complete traces (`prefix_ratio_min=1.0`)."
+        )
+    if columns and "demonstration_rewards" not in columns:
+        raise ValueError(
+            "`environment_factory` with demonstrations needs the column `demonstration_rewards`: a trace has acted "
+            "in no environment of the run, so that nothing can score it. Give each trace the reward that it earned."
+        )
+
+
+def check_reward_columns(reward_funcs: Any, columns: list[str] | None, also: set[str] | None = None):
     """
     Checks that reward functions can be called with the columns of a dataset.
 
@@ -111,11 +138,13 @@ def check_reward_columns(reward_funcs: Any, columns: list[str] | None):
             Reward functions, as of [`~trl.GRPOTrainer`]. Models are not checked.
         columns (`list[str]`, *optional*):
             Columns of the dataset; `None` where they are not known.
+        also (`set[str]`, *optional*):
+            What TRL passes beside them in this run.
 
     Raises:
         ValueError: If a function reads a column that there is not, or does not take what TRL passes.
     """
-    passed = _PASSED | set(columns or ()) - {"prompt", "completion"}
+    passed = _PASSED | (also or set()) | set(columns or ()) - {"prompt", "completion"}
     for reward_func in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
         if not isinstance(columns, list) or not callable(reward_func) or isinstance(reward_func, nn.Module):
             continue

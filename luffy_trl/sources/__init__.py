@@ -9,13 +9,18 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..groups import Demonstration, MixedBatch
+from ..turns import Tools
 
 
 class Source(Protocol):
     """Where demonstrations come from. All processes call each method together."""
 
     def prepare(
-        self, dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, model: str | PreTrainedModel
+        self,
+        dataset: Dataset | IterableDataset,
+        tokenizer: PreTrainedTokenizerBase,
+        model: str | PreTrainedModel,
+        tools: Tools,
     ) -> Dataset | IterableDataset:
         """Reads the training data once; returns what the trainer loads rows from."""
 
