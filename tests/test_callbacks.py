@@ -144,7 +144,7 @@ def test_two_processes(folder, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert result.returncode == 0, result.stdout[-6000:]
     ranks = [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in range(2)]

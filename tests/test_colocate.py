@@ -50,7 +50,7 @@ def launch(folder, engine, num_processes, cases=CASES, env=None, **options):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=400,
+        timeout=900,
     )
     assert result.returncode == 0, result.stdout[-6000:]
     return [torch.load(folder / f"colocate_{rank}.pt", weights_only=False) for rank in range(num_processes)]

@@ -47,7 +47,7 @@ def test_a_warning_before_accelerate_knows_its_processes():
         "print(len(tokenize_demonstrations(rows, tokenizer, [tokenizer.eos_token_id], 64)))"
     )
     command = [sys.executable, "-c", code, str(Path(__file__).parent)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert result.stdout.endswith("1\n"), result.stderr[-2000:]
     assert "1 of the 1 traces of the first 1 rows look wrong" in result.stderr
 

@@ -276,7 +276,7 @@ def test_accelerate_launch_with_two_processes(tmp_path):
         env={**os.environ, "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert result.returncode == 0, result.stderr[-4000:]
     assert log_history(tmp_path)[0]["demonstrations/fraction"] > 0

@@ -293,7 +293,7 @@ def repeat(prepared, scenarios):
         env={**os.environ, "OMP_NUM_THREADS": "1", "LUFFY_REWARD_WORKERS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert process.returncode == 0, process.stderr
     return [line for line in process.stdout.splitlines() if line.isdigit()], process

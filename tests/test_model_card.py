@@ -76,7 +76,7 @@ def hub(tmp_path_factory):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=300,
+            timeout=900,
         )
         assert result.returncode == 0, result.stdout[-6000:]
         server.output = result.stdout

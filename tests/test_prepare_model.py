@@ -269,7 +269,7 @@ def test_the_command(tmp_path):
     base = save_base_model(tmp_path / "base")
     command = [sys.executable, "-m", "luffy_trl.prepare_model", "--model_name_or_path", str(base)]
     command += ["--output_dir", str(tmp_path / "out"), "--rope_theta", "30000"]
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ}, timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ}, timeout=600)
     assert result.returncode == 0, result.stderr
     assert "a turn ends with '<|endoftext|>'" in result.stdout
     assert AutoConfig.from_pretrained(tmp_path / "out").rope_parameters["rope_theta"] == 30000.0

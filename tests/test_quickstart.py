@@ -78,7 +78,7 @@ def test_the_shipped_model_knows_the_easy_skill_and_not_the_hard_one():
 def test_prepare_uses_the_shipped_model(tmp_path):
     command = [sys.executable, QUICKSTART / "prepare.py", "--output_dir", tmp_path, "--num_samples", "0"]
     for where in (QUICKSTART / "checkpoint", tmp_path):  # the second time, what the first one left
-        result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
         assert f"The warm model in {where} was made with these settings" in result.stdout
     shipped = (QUICKSTART / "checkpoint" / "model" / "model.safetensors").read_bytes()
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == shipped

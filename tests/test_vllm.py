@@ -92,7 +92,7 @@ def launch(folder, server, num_processes, options, **scenario):
     command = [sys.executable, "-m", "accelerate.commands.launch", *(["--multi_gpu"] * (num_processes > 1))]
     scenario = json.dumps({"server_url": server.url, "options": options, **scenario})
     command += ["--num_processes", str(num_processes), "--main_process_port", "0", str(script), str(folder), scenario]
-    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400)
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900)
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])

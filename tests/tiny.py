@@ -123,7 +123,7 @@ def count_generated_rows(model):
     return rows
 
 
-def launch(function, output_dir, num_processes=2, config_file=None, env=None, timeout=300, **scenario):
+def launch(function, output_dir, num_processes=2, config_file=None, env=None, timeout=900, **scenario):
     """
     Runs a function of `launched.py`, with a scenario as its keyword arguments, under a real `accelerate launch`.
 
