@@ -90,19 +90,30 @@ def check_arguments(
 
 def load_tokenizer(
     processing_class: PreTrainedTokenizerBase | ProcessorMixin | None, model_id: str, args: LuffyConfig
-) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, if none is given; a `ValueError` for a processor of images."""
+) -> PreTrainedTokenizerBase | ProcessorMixin:
+    """The tokenizer or processor of a model, if none is given; a `ValueError` for what cannot be with images."""
     if processing_class is None:
         processing_class = AutoProcessor.from_pretrained(
             model_id, truncation_side="left", padding_side="left", **args.load_options
         )
     if isinstance(processing_class, ProcessorMixin):
-        raise ValueError(
-            "`processing_class` is a multimodal processor, and image prompts are supported by plain GRPO only "
-            "(`num_demonstrations=0`, `ratio_clipping='on_policy'`, `length_aware_batching=False`). Pass "
-            "`processing_class=AutoTokenizer.from_pretrained(...)` to train on text."
-        )
+        asked = {
+            "padding_free=True": args.padding_free,
+            f"replay_ratio={args.replay_ratio}": args.replay_ratio > 0,
+            f"hint_source={args.hint_source!r}": args.hint_source != "none",
+            "demonstration_choice='comprehension'": args.demonstration_choice == "comprehension",
+        }
+        if refused := [option for option, is_set in asked.items() if is_set]:
+            raise ValueError(
+                f"`{refused[0]}` is not supported with a multimodal processor: what it computes has no images. Remove "
+                "it, or pass `processing_class=AutoTokenizer.from_pretrained(...)` to train on text."
+            )
     return processing_class
+
+
+def tokenizer_of(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
+    """The tokenizer of a processor, or the tokenizer itself."""
+    return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
 
 
 def check_acting(args: LuffyConfig, columns: list[str] | None, tools: Any, environment_factory: Any):

@@ -26,9 +26,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    ProcessorMixin,
 )
 from trl.chat_template_utils import parse_response
-from trl.data_utils import is_conversational
+from trl.data_utils import is_conversational, prepare_multimodal_messages
 
 from .errors import loading_model
 from .turns import Tools, Turns, answer_ids, read_turns
@@ -77,6 +78,8 @@ class DemonstrationTokenizer:
             Passed to the chat template, as for the prompts.
         tools ([`~luffy_trl.turns.Tools`], *optional*):
             The tools of the run.
+        processor ([`~transformers.ProcessorMixin`], *optional*):
+            The policy's processor, where it sees images: it has the chat template.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -86,6 +89,7 @@ class DemonstrationTokenizer:
     overflow: str = "drop"
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     tools: Tools = field(default_factory=Tools)
+    processor: ProcessorMixin | None = None
     _environment: str | None = field(default=None, init=False, repr=False)  # of the row that is rendered
     _end_of_turn: tuple[str, str, int] | None = field(default=None, init=False, repr=False)
     # Part of the fingerprint under which `datasets` caches the result: another version may tokenize differently.
@@ -171,6 +175,8 @@ class DemonstrationTokenizer:
         for position, (index, prompt) in enumerate(zip(indices, rows["prompt"], strict=True)):
             check_prompt(prompt, index)
             self._environment = rows["environment"][position] if "environment" in rows else None
+            if self.processor is not None:
+                prompt = self._with_images(prompt, count_images(rows, position), index)
             for number, (trace, name) in enumerate(self._traces(rows[self.field_name][position], f"row {index}")):
                 if is_conversational({"prompt": prompt}) and isinstance(trace, list) and len(trace) > 1:
                     several.append((position, number, name, *self._tokenize_turns(prompt, trace, name)))
@@ -187,6 +193,23 @@ class DemonstrationTokenizer:
             for place, ids, end_id in zip(places, all_ids, end_ids, strict=True)
         ]
         return sorted([*single, *several], key=lambda trace: trace[:2]) if several else single
+
+    def _with_images(self, prompt: Any, num_images: int, index: int) -> Any:
+        """A prompt with the places of its images, as TRL makes it."""
+        if not is_conversational({"prompt": prompt}):
+            if num_images:
+                raise ValueError(
+                    f"row {index}: `prompt` is a text, and images need chat messages: they have a place in them. "
+                    "Write it as `[{'role': 'user', 'content': ...}]`."
+                )
+            return prompt
+        try:
+            return prepare_multimodal_messages(prompt, images=[None] * num_images)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"row {index}: `prompt` and its images do not match: {error} Give as many images as the messages have "
+                "parts of the type 'image', or messages without such parts."
+            ) from error
 
     def _tokenize_turns(self, prompt: list[dict], trace: list[dict], name: str) -> tuple[list[int], Turns]:
         """The token ids of a trace of several messages, and what of them was acted."""
@@ -234,9 +257,9 @@ class DemonstrationTokenizer:
         )
 
     def _answer_ids(self, answers: list[dict], name: str) -> list[int]:
-        options = self.tools.options(self._environment)
+        chat_template = self.tools.options(self._environment).get("chat_template")
         try:
-            return answer_ids(self.tokenizer, answers, options.get("chat_template"), self.chat_template_kwargs)
+            return answer_ids(self.processor or self.tokenizer, answers, chat_template, self.chat_template_kwargs)
         except Exception as error:  # a template may raise anything
             raise ValueError(
                 f"{name}: the answer of {answers[0]['name']!r} cannot be rendered: {error} Give the tokenizer a chat "
@@ -363,7 +386,9 @@ class DemonstrationTokenizer:
     def _apply_chat_template(self, messages: list[dict], name: str, **kwargs) -> str:
         try:
             options = {**self.tools.options(self._environment), **kwargs, **self.chat_template_kwargs}
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+            if self.processor is not None:
+                messages = prepare_multimodal_messages(messages)
+            return (self.processor or self.tokenizer).apply_chat_template(messages, tokenize=False, **options)
         except Exception as error:  # a template may raise anything
             raise ValueError(
                 f"{name} cannot be rendered after its prompt: {error} Give the tokenizer a chat template that renders "
@@ -592,13 +617,15 @@ def check_prompt_column(dataset: Dataset | IterableDataset) -> list[str]:
     return columns
 
 
-def check_columns(dataset: Dataset | IterableDataset) -> str:
+def check_columns(dataset: Dataset | IterableDataset, sees_images: bool = False) -> str:
     """
     Checks that a dataset has what training with demonstrations needs.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Training data.
+        sees_images (`bool`, *optional*, defaults to `False`):
+            Whether the policy has a processor.
 
     Returns:
         `str`: The column with the traces, `"demonstrations"` or `"completion"`.
@@ -612,10 +639,11 @@ def check_columns(dataset: Dataset | IterableDataset) -> str:
             f"`train_dataset` must be a `Dataset` or an `IterableDataset`, got `{type(dataset).__name__}`.{hint}"
         )
     columns = check_prompt_column(dataset)
-    if images := {"image", "images"} & set(columns):
+    images = {"image", "images"} & set(columns)
+    if images and not sees_images:
         raise ValueError(
-            f"`train_dataset` has the column {images.pop()!r}: image prompts are not supported together with "
-            "demonstrations. Remove it, or set `num_demonstrations=0`."
+            f"`train_dataset` has the column {images.pop()!r}, and the policy has a tokenizer, which sees no images. "
+            "Pass `processing_class=AutoProcessor.from_pretrained(...)` of a model that does, or remove the column."
         )
     present = [name for name in ("demonstrations", "completion") if name in columns]
     if len(present) != 1:
@@ -637,6 +665,7 @@ def tokenize_demonstrations(
     overflow: str = "drop",
     chat_template_kwargs: dict[str, Any] | None = None,
     tools: Tools | None = None,
+    processor: ProcessorMixin | None = None,
 ) -> Dataset | IterableDataset:
     """
     Adds the columns of `DEMONSTRATION_COLUMNS` to a dataset. `datasets` caches the result of a dataset that lies on
@@ -645,7 +674,7 @@ def tokenize_demonstrations(
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Rows with `prompt` and either `demonstrations` or `completion`.
-        tokenizer, eos_token_ids, max_length, overflow, chat_template_kwargs, tools:
+        tokenizer, eos_token_ids, max_length, overflow, chat_template_kwargs, tools, processor:
             See [`DemonstrationTokenizer`].
 
     Returns:
@@ -655,10 +684,11 @@ def tokenize_demonstrations(
         ValueError: If the dataset has neither or both of the columns, or a row of it cannot be used.
     """
     state = PartialState()  # which accelerate's logger needs
-    field_name = check_columns(dataset)
+    field_name = check_columns(dataset, sees_images=processor is not None)
     function = DemonstrationTokenizer(
         *(tokenizer, field_name, eos_token_ids, max_length, overflow, dict(chat_template_kwargs or {})),
         tools or Tools(),
+        processor,
     )
     if isinstance(dataset, IterableDataset):
         features = dataset.features and Features({**dataset.features, **DEMONSTRATION_COLUMNS})
@@ -691,11 +721,18 @@ def tokenize_demonstrations(
     return dataset
 
 
+def count_images(rows: dict[str, list], position: int) -> int:
+    """How many images a row of a batch has, in TRL's columns `images` and `image`."""
+    if "images" in rows:
+        return len(rows["images"][position] or [])
+    return int("image" in rows and rows["image"][position] is not None)
+
+
 def _identify(rows: dict[str, list]) -> list[int]:
     """A number for each row that depends on its content alone: each shard of a stream counts its rows from 0."""
     numbers = []
     for values in zip(*rows.values(), strict=True):
-        text = json.dumps(values, default=lambda value: value.tolist() if hasattr(value, "tolist") else repr(value))
+        text = json.dumps(values, default=_as_text)
         numbers.append(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), signed=True))
     return numbers
 
@@ -748,6 +785,13 @@ def suspicion(prompt: str | list[dict], trace: str, prompt_text: str) -> str | N
             "answer, or use a chat template or `chat_template_kwargs` that do not open it."
         )
     return None
+
+
+def _as_text(value: Any) -> Any:
+    """What stands for the content of a value that JSON does not know."""
+    if hasattr(value, "tobytes") and hasattr(value, "size") and not hasattr(value, "tolist"):  # an image
+        return f"{value.size} {hashlib.sha256(value.tobytes()).hexdigest()}"
+    return value.tolist() if hasattr(value, "tolist") else repr(value)
 
 
 def decode_completion(

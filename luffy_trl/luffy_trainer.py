@@ -27,6 +27,7 @@ from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
 from trl.trainer.utils import get_config_model_id
 
 from . import metrics
+from .batching import OF_IMAGES
 from .checks import check_arguments, load_tokenizer
 from .demonstrations import DEMONSTRATION_COLUMNS, decode_completion
 from .groups import Caches, MixedBatch
@@ -240,6 +241,7 @@ class LuffyTrainer(LengthAwareTrainer, MeasuringTrainer, ActingTrainer, SafeTrai
             mask.size(1),
             compute_entropy=True,
             compute_aux_loss=self.aux_loss_enabled,
+            **{name: inputs[name] for name in OF_IMAGES if name in inputs},
         )
         tokens = TokenBatch.from_inputs(inputs, logps, entropies)
         num_means = self.current_gradient_accumulation_steps if mode == "train" else 1.0

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed
 from accelerate.utils import broadcast_object_list, gather_object
@@ -15,6 +16,7 @@ from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_b
 from ..groups import MixedBatch
 
 
+_TYPES = ("token_type_ids", "mm_token_type_ids")
 _OF_IMAGES = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
 
 
@@ -165,6 +167,11 @@ def select_images(
     """
     if not fields or not rows:
         return images and [images[i] for i in rows], {}
+    # The processor has made lists of arrays
+    fields = {
+        name: value if name in _TYPES or isinstance(value, torch.Tensor) else torch.as_tensor(np.asarray(value))
+        for name, value in fields.items()
+    }
     if images is not None:
         fields = {**fields, "num_images": [len(of_row) if of_row else 0 for of_row in images]}
     split = split_pixel_values_by_grid(fields)
@@ -173,7 +180,7 @@ def select_images(
         if name == "num_images":
             continue
         part = [values[i] for i in rows]
-        if name in ("token_type_ids", "mm_token_type_ids"):
+        if name in _TYPES:
             part = [[*map(int, ids), *([0] * lengths[i])] for ids, i in zip(part, rows, strict=True)]
         elif isinstance(values, torch.Tensor):
             part = torch.stack(part)

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..groups import Demonstration, MixedBatch
 from ..turns import Tools
@@ -18,7 +18,7 @@ class Source(Protocol):
     def prepare(
         self,
         dataset: Dataset | IterableDataset,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
         model: str | PreTrainedModel,
         tools: Tools,
     ) -> Dataset | IterableDataset:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from ..checks import tokenizer_of
 from ..demonstrations import (
     DEMONSTRATION_COLUMNS,
     find_eos_token_ids,
@@ -51,12 +52,13 @@ class DatasetSource:
     def prepare(
         self,
         dataset: Dataset | IterableDataset,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
         model: str | PreTrainedModel,
         tools: Tools,
     ) -> Dataset | IterableDataset:
         """Tokenizes the traces of a dataset, and keeps them; returns the dataset that the trainer loads rows from."""
-        self._tokenizer = tokenizer
+        processor = tokenizer if isinstance(tokenizer, ProcessorMixin) else None
+        self._tokenizer = tokenizer = tokenizer_of(tokenizer)
         columns = dataset.column_names or []
         if self.args.demonstration_choice == "comprehension" and columns and not {"answer", "solution"} & set(columns):
             raise ValueError(
@@ -84,6 +86,7 @@ class DatasetSource:
             overflow=self.args.demonstration_overflow,
             chat_template_kwargs=self.args.chat_template_kwargs,
             tools=tools,
+            processor=processor,
         )
         if not isinstance(dataset, Dataset):
             return dataset
