@@ -24,9 +24,10 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
-# Most of the time goes into processes that tests start, so that two tests at once keep two cores busy
+# Most of the time goes into processes that tests start, so that two tests at once keep two cores busy. Tests of a file
+# share such processes: by file, each is started once.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 .venv-vllm/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-vllm

@@ -10,15 +10,7 @@ from trl import TrlParser
 
 
 class Parser(TrlParser):
-    """
-    A [`~trl.TrlParser`] that takes no abbreviations, and names the option that an unknown one may have meant.
-
-    Args:
-        dataclass_types (`type` or `tuple[type]`, *optional*):
-            Dataclasses whose fields are the options.
-        **kwargs:
-            Passed to [`~trl.TrlParser`].
-    """
+    """A [`~trl.TrlParser`] that takes no abbreviations, and names the option that an unknown one may have meant."""
 
     def __init__(self, dataclass_types=None, **kwargs):
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)

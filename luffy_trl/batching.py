@@ -30,18 +30,7 @@ from .losses import loss_mask
 
 
 def round_up(lengths: torch.Tensor, multiple: int | None) -> torch.Tensor:
-    """
-    Lengths as TRL's `pad_to_multiple_of` makes them.
-
-    Args:
-        lengths (`torch.Tensor`):
-            Lengths in tokens.
-        multiple (`int`, *optional*):
-            What they become a multiple of.
-
-    Returns:
-        `torch.Tensor`: The lengths, none of them 0.
-    """
+    """Lengths as TRL's `pad_to_multiple_of` makes them: multiples of it, none of them 0."""
     lengths = lengths.clamp(min=1)
     return lengths if multiple is None else -(-lengths // multiple) * multiple
 
@@ -59,31 +48,9 @@ def plan_micro_batches(
     padding_free: bool = False,
 ) -> list[list[int]]:
     """
-    Cuts sequences, sorted by length, into micro-batches with the fewest padded tokens.
-
-    No other cut of the sorted sequences has fewer. Of equally good ones, the result is always the same one.
-
-    Args:
-        prompt_lengths (`list[int]`):
-            Tokens of each prompt.
-        completion_lengths (`list[int]`):
-            Tokens of each completion, at least 1.
-        max_tokens (`int`):
-            Maximum of tokens that a micro-batch of several sequences may have: number of rows, times the longest
-            prompt plus the longest completion.
-        num_micro_batches (`int`, *optional*):
-            How many micro-batches to make, each of at least one sequence. If `None`, as few as `max_tokens` allows.
-        multiple_of (`int`, *optional*, defaults to `1`):
-            Without `num_micro_batches`, their number is a multiple of it. There must be as many sequences.
-        padding_free (`bool`, *optional*, defaults to `False`):
-            Whether a micro-batch has no padding, and its tokens are those of its sequences. Then the cut is the most
-            even one: its micro-batches have the smallest sum of squared tokens.
-
-    Returns:
-        `list[list[int]]`: Numbers of the sequences of each micro-batch, the longest first.
-
-    Raises:
-        ValueError: If there is no such cut.
+    Cuts sequences, sorted by length, into micro-batches of at most `max_tokens` padded tokens, the longest first: into
+    `num_micro_batches`, or as few as possible, a multiple of `multiple_of`. No other cut of the sorted sequences has
+    fewer padded tokens. With `padding_free`, none has a smaller sum of squared tokens.
     """
     prompts = np.array(prompt_lengths, dtype=np.int64)
     completions = np.array(completion_lengths, dtype=np.int64)
@@ -121,16 +88,17 @@ def plan_micro_batches(
 
 class Runs:
     """
-    The micro-batches that may be made of sorted sequences, and the cheapest cut of the sequences into them.
-
-    A micro-batch is a run: sequences that follow each other. Where a run is allowed, every part of it is. So the
-    runs that end before a sequence `end` start at `firsts[end]` or later, and only these few dozen are looked at.
-
-    To get a given number of micro-batches, each has a price. One pass (`add_up`) finds the cheapest cut at a price.
-    The right price leads to about the right number. The pass also tells, for each run, by how much every cut with this
-    run exceeds the cheapest one. `cut` searches the few runs where that is little, and finds the best cut of exactly
-    that number.
+    The micro-batches that may be made of sorted sequences, and the cheapest cut of the sequences into them. A
+    micro-batch is a run: sequences that follow each other.
     """
+
+    # Where a run is allowed, every part of it is. So the runs that end before a sequence `end` start at `firsts[end]`
+    # or later, and only these few dozen are looked at.
+    #
+    # To get a given number of micro-batches, each has a price. One pass (`add_up`) finds the cheapest cut at a price.
+    # The right price leads to about the right number. The pass also tells, for each run, by how much every cut with
+    # this run exceeds the cheapest one. `cut` searches the few runs where that is little, and finds the best cut of
+    # exactly that number.
 
     def __init__(self, prompts: np.ndarray, completions: np.ndarray, max_tokens: int, padding_free: bool):
         self.prompts, self.completions, self.padding_free = prompts, completions, padding_free
@@ -255,18 +223,8 @@ class Runs:
 
 def distribute(micro_batches: list, tokens: list[int], num_processes: int) -> list[list]:
     """
-    Distributes micro-batches to processes, so that all have as many, much alike in each round and in sum.
-
-    Args:
-        micro_batches (`list`):
-            The micro-batches, as many as a multiple of the processes.
-        tokens (`list[int]`):
-            Tokens of each.
-        num_processes (`int`):
-            Number of processes.
-
-    Returns:
-        `list[list]`: The micro-batches of each process, in the order in which it takes them.
+    Distributes micro-batches to processes: each gets as many, and their tokens are about equal in each round and in
+    sum.
     """
     order = sorted(range(len(micro_batches)), key=lambda number: -tokens[number])
     shares: list[list] = [[] for _ in range(num_processes)]
@@ -298,19 +256,8 @@ _TYPES = ("token_type_ids", "mm_token_type_ids")  # as wide as prompt and comple
 
 def resize(batch: dict[str, torch.Tensor | None], prompt: int, completion: int) -> dict[str, torch.Tensor | None]:
     """
-    Gives the sequences of a batch other widths, wider or narrower.
-
-    Args:
-        batch (`dict[str, torch.Tensor | None]`):
-            What TRL makes: tensors with a row for each sequence (`prompt_ids` and `prompt_mask` padded on the left,
-            whatever else is as wide as `completion_ids` on the right), and scalars.
-        prompt (`int`):
-            Columns of the prompts.
-        completion (`int`):
-            Columns of the completions.
-
-    Returns:
-        `dict[str, torch.Tensor | None]`: The batch.
+    Gives the sequences of a batch other widths, wider or narrower: `prompt_ids` and `prompt_mask` on the left,
+    whatever else is as wide as `completion_ids` on the right.
     """
     width = batch["completion_ids"].size(1)
 
@@ -325,18 +272,7 @@ def resize(batch: dict[str, torch.Tensor | None], prompt: int, completion: int) 
 
 
 def select(batch: dict[str, torch.Tensor | None], rows: list[int]) -> dict[str, torch.Tensor | None]:
-    """
-    Takes sequences out of a batch.
-
-    Args:
-        batch (`dict[str, torch.Tensor | None]`):
-            Tensors with a row for each sequence, and scalars that all share.
-        rows (`list[int]`):
-            Numbers of the sequences.
-
-    Returns:
-        `dict[str, torch.Tensor | None]`: The batch of these sequences.
-    """
+    """Takes sequences out of a batch: rows of its tensors and lists, and the scalars that all rows share."""
 
     def selected(value: Any) -> Any:
         if isinstance(value, list):
@@ -397,16 +333,8 @@ def with_all_keys(batch: dict[str, Any]) -> dict[str, Any]:
 
 def place(shares: list[list[int]], tokens: list[int]) -> list[int]:
     """
-    Decides which process takes which share of the sequences, so that many of their tokens are there already.
-
-    Args:
-        shares (`list[list[int]]`):
-            Numbers of the sequences of each share, one share for each process.
-        tokens (`list[int]`):
-            Tokens of each sequence. Each process holds as many sequences, the first process the first ones.
-
-    Returns:
-        `list[int]`: For each process, the number of its share.
+    For each process, the number of the share of sequences that it takes, so that many of their tokens are there
+    already.
     """
     num_local = len(tokens) // len(shares)
     overlaps: Counter[tuple[int, int]] = Counter()
@@ -431,24 +359,9 @@ def plan_processes(
     padding_free: bool = False,
 ) -> list[list[tuple[list[int], list[int]]]]:
     """
-    Cuts the sequences of an optimizer step, and decides which process takes what.
-
-    Args:
-        lengths (`torch.Tensor`):
-            Of shape `(N, 2)`, the tokens of each prompt and completion. Each process holds as many sequences, the
-            first process the first ones.
-        num_processes (`int`):
-            Number of processes.
-        num_micro_batches (`int`):
-            Micro-batches of each process before, all of equally many sequences.
-        max_tokens (`int`, *optional*):
-            Maximum of tokens of a micro-batch. If `None`, as many micro-batches as before, and none larger.
-        padding_free (`bool`, *optional*, defaults to `False`):
-            Whether the forward pass leaves padding out.
-
-    Returns:
-        `list[list[tuple[list[int], list[int]]]]`: For each process its micro-batches: the numbers of their sequences,
-        and the widths of prompts and completions.
+    For each process its micro-batches of an optimizer step: the numbers of their sequences, and the widths of prompts
+    and completions. `lengths`, of shape `(N, 2)`, are the tokens of prompts and completions, the first process's rows
+    first. Without `max_tokens` there are as many micro-batches as before, and none is larger.
     """
     table = lengths.numpy()
     prompts, completions = lengths.T.tolist()
@@ -471,22 +384,8 @@ def exchange(
     batch: dict[str, torch.Tensor | None], lengths: torch.Tensor, rows_of: list[list[int]], process: int
 ) -> dict[str, torch.Tensor | None]:
     """
-    Sends each sequence to the process that takes it. All processes must call this together.
-
-    Nothing is sent of padding, which is 0 in what arrives. Nor are the masks, which the lengths determine.
-
-    Args:
-        batch (`dict[str, torch.Tensor | None]`):
-            The sequences of this process, as many as every other holds; see [`resize`].
-        lengths (`torch.Tensor`):
-            Of shape `(N, 2)`, the tokens of each prompt and completion of all processes, by the masks.
-        rows_of (`list[list[int]]`):
-            Numbers of the sequences that each process takes.
-        process (`int`):
-            Number of this process.
-
-    Returns:
-        `dict[str, torch.Tensor | None]`: The sequences that this process takes, in the order of their numbers.
+    Sends each sequence to the process that takes it, and returns those of this one, in the order of their numbers. All
+    processes call this together. Padding is not sent, and is 0 in what arrives; masks follow from `lengths`.
     """
     num_local, width = batch["completion_ids"].shape
     device = batch["completion_ids"].device
@@ -556,29 +455,9 @@ def rebatch(
     sees_images: bool = False,
 ) -> list[dict[str, torch.Tensor | None]]:
     """
-    Cuts the sequences of an optimizer step again, those of all processes together.
-
-    All processes see all lengths, and make the same plan. Then the sequences are sent to where they belong.
-
-    Args:
-        micro_batches (`list[dict[str, torch.Tensor | None]]`):
-            Those of this process, as TRL makes them: of equally many rows and equal widths, prompts padded on the left
-            and completions on the right. Masks leave out padding, or a complete row.
-        accelerator ([`~accelerate.Accelerator`]):
-            Of the trainer. All processes must call this together.
-        max_tokens (`int`, *optional*):
-            Maximum of tokens of a micro-batch. If `None`, as many micro-batches as before, and none larger.
-        padding_free (`bool`, *optional*, defaults to `False`):
-            Whether the forward pass leaves padding out.
-        pad_to_multiple_of (`int`, *optional*):
-            Widths are multiples of it.
-        sees_images (`bool`, *optional*, defaults to `False`):
-            Whether sequences may have images, which are not aligned with rows.
-
-    Returns:
-        `list[dict[str, torch.Tensor | None]]`: Micro-batches for this process, as many as every other has. Each also
-        has `num_sequences` and `num_tokens` of the optimizer step, as the mean over processes, whose gradients are
-        averaged.
+    Cuts the sequences of an optimizer step of all processes again, from TRL's micro-batches of equal widths. All
+    processes call this together, make the same plan and get as many micro-batches. Each has `num_sequences` and
+    `num_tokens` of the optimizer step, as the mean over processes, because gradients are averaged over them.
     """
     num_processes, process = accelerator.num_processes, accelerator.process_index
     if sees_images:
@@ -615,33 +494,14 @@ def rebatch(
 
 
 def needs_position_ids(model: nn.Module) -> bool:
-    """
-    Whether padding on the left moves the tokens of a model: it has absolute positions, and counts columns.
-
-    Args:
-        model (`nn.Module`):
-            The model, which may have an adapter.
-
-    Returns:
-        `bool`: `False` for rotary positions, of which only distances matter, and where `forward` takes no position
-        ids.
-    """
+    """Whether padding on the left moves the tokens of a model: it has absolute positions, and counts columns."""
     model = getattr(model, "get_base_model", lambda: model)()
     is_rotary = getattr(model.config.get_text_config(), "rope_parameters", None) is not None
     return "position_ids" in inspect.signature(model.forward).parameters and not is_rotary
 
 
 def with_position_ids(model: Callable) -> Callable:
-    """
-    Makes a forward pass count positions from the first real token of each row, as generation does.
-
-    Args:
-        model (`Callable`):
-            A model.
-
-    Returns:
-        `Callable`: The same, with the attention mask by name.
-    """
+    """Makes a forward pass count positions from the first real token of each row, as generation does."""
 
     def forward(*args, attention_mask: torch.Tensor, **kwargs):
         position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
@@ -652,18 +512,9 @@ def with_position_ids(model: Callable) -> Callable:
 
 def without_padding(model: Callable) -> Callable:
     """
-    Makes a forward pass with a fused LM head run on one row, in which all sequences of the batch follow each other.
-
-    Attention kernels for sequences of variable length (flash attention) tell them apart by their position ids. Others
-    are as right, and no faster: they mask what lies between the sequences of one long row.
-
-    Args:
-        model (`Callable`):
-            A model with TRL's fused LM head.
-
-    Returns:
-        `Callable`: Takes `input_ids`, `attention_mask` and `labels` of shape `(B, L)`, and returns an object with
-        `log_probs` and `entropy` of shape `(B, L - 1)`, 0 where there is padding, as the model itself would.
+    Makes a forward pass with TRL's fused LM head run on one row, in which all sequences of the batch follow each
+    other. Flash attention tells them apart by position ids; other kernels mask what lies between them, and are no
+    faster. Log-probs and entropies have the shape that the model itself returns, and are 0 on padding.
     """
 
     def forward(input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor, **kwargs):

@@ -116,18 +116,6 @@ CHAT_TEMPLATES = {
 def get_chat_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """
     One of `CHAT_TEMPLATES` for a tokenizer: it writes the BOS token if the tokenizer puts one before other texts.
-
-    Args:
-        name (`str`):
-            Name of the template.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The tokenizer that gets it.
-
-    Returns:
-        `str`: The template.
-
-    Raises:
-        ValueError: If there is no such template.
     """
     if name not in CHAT_TEMPLATES:
         raise ValueError(f"`chat_template` must be one of {', '.join(CHAT_TEMPLATES)}, got {name!r}.")

@@ -55,22 +55,7 @@ def reward_name(reward_func: Callable | str) -> str:
 def check_arguments(
     args: LuffyConfig, reward_funcs: Any, train_dataset: Any, tools: Any, rollout_func: Any, environment_factory: Any
 ):
-    """
-    Checks what is passed to the trainer, before a tokenizer or a model is loaded.
-
-    Args:
-        args ([`LuffyConfig`]):
-            Configuration of the run.
-        reward_funcs (`Callable`, `str`, `nn.Module`, or a list of them):
-            Reward functions.
-        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Training data.
-        tools, rollout_func, environment_factory:
-            As of [`~trl.GRPOTrainer`].
-
-    Raises:
-        ValueError: If something has no meaning with demonstrations, is not installed, or does not fit.
-    """
+    """Checks what is passed to the trainer, before a tokenizer or a model is loaded."""
     if not isinstance(args, LuffyConfig):
         raise ValueError(f"`args` must be a `LuffyConfig`, got `{type(args).__name__}`. It takes the same fields.")
     if not args.is_plain_grpo:
@@ -142,18 +127,8 @@ def check_acting(args: LuffyConfig, columns: list[str] | None, tools: Any, envir
 
 def check_reward_columns(reward_funcs: Any, columns: list[str] | None, also: set[str] | None = None):
     """
-    Checks that reward functions can be called with the columns of a dataset.
-
-    Args:
-        reward_funcs (`Callable`, `str`, `nn.Module`, or a list of them):
-            Reward functions, as of [`~trl.GRPOTrainer`]. Models are not checked.
-        columns (`list[str]`, *optional*):
-            Columns of the dataset; `None` where they are not known.
-        also (`set[str]`, *optional*):
-            What TRL passes beside them in this run.
-
-    Raises:
-        ValueError: If a function reads a column that there is not, or does not take what TRL passes.
+    Checks that reward functions can be called with the columns of a dataset, if these are known. `also` is what TRL
+    passes beside them. Models are not checked.
     """
     passed = _PASSED | (also or set()) | set(columns or ()) - {"prompt", "completion"}
     for reward_func in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
@@ -225,16 +200,7 @@ def check_model(model_args: ModelConfig):
 
 
 def check_machine(args: LuffyConfig | SFTConfig):
-    """
-    Checks that what a configuration asks for is installed, and warns of a CPU that emulates bf16.
-
-    Args:
-        args ([`LuffyConfig`] or [`~trl.SFTConfig`]):
-            Configuration of the run.
-
-    Raises:
-        ValueError: If something is not installed; the message says how to get it.
-    """
+    """Checks that what a configuration asks for is installed, and warns of a CPU that emulates bf16."""
     if getattr(args, "use_vllm", False) and not is_vllm_available():
         raise ValueError(
             "`use_vllm=True` needs vLLM, which is not installed here: `pip install luffy-trl[vllm]`, or set "
@@ -296,18 +262,7 @@ def has_bf16(capabilities: dict[str, Any]) -> bool:
 
 
 def check_vllm_server(args: LuffyConfig, retry_interval: float = 2.0):
-    """
-    Waits for the vLLM server of a run, as long as `vllm_server_timeout` says.
-
-    Args:
-        args ([`LuffyConfig`]):
-            Configuration of the run. Without `use_vllm` and `vllm_mode="server"` there is nothing to wait for.
-        retry_interval (`float`, *optional*, defaults to `2.0`):
-            Seconds between two attempts.
-
-    Raises:
-        ValueError: If it does not answer.
-    """
+    """Waits for the vLLM server of a run, if it has one, for `vllm_server_timeout` seconds."""
     if not args.use_vllm or args.vllm_mode != "server":
         return
     url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"

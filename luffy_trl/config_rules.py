@@ -29,7 +29,7 @@ _REFUSED_WITH_DEMONSTRATIONS: dict[str, tuple[Any, str]] = {
 }
 _LOSS_TYPES = ("dr_grpo", "grpo", "bnpo", "dapo")
 # Parameters of an option: the option, and its values with which the parameter means something.
-_PARAMETERS = {
+PARAMETERS = {
     "policy_shaping_gamma": ("policy_shaping", ("regularized",)),
     "policy_shaping_power": ("policy_shaping", ("power",)),
     "policy_shaping_weight": ("policy_shaping", ("log", "linear_log")),
@@ -172,7 +172,7 @@ def positive_parameters(args: Args):
 
 def parameters_with_their_option(args: Args):
     """A parameter of an option is set only where that option reads it."""
-    for name, (option, values) in _PARAMETERS.items():
+    for name, (option, values) in PARAMETERS.items():
         if args.is_set(name) and getattr(args, option) not in values:
             raise ValueError(
                 f"`{name}={getattr(args, name)}` has no effect with `{option}={getattr(args, option)!r}`. Remove "
@@ -349,7 +349,7 @@ def objectives(args: Args):
 
 def prefix_schedules(args: Args):
     """A schedule has its number of updates, and something to move."""
-    has_steps = args.prefix_schedule in _PARAMETERS["prefix_schedule_steps"][1]
+    has_steps = args.prefix_schedule in PARAMETERS["prefix_schedule_steps"][1]
     if has_steps and not (args.prefix_schedule_steps or 0) > 0:
         raise ValueError(
             f"`prefix_schedule={args.prefix_schedule!r}` needs `prefix_schedule_steps`, the number of updates "

@@ -18,18 +18,8 @@ _HEADERS = "accept(-encoding)?|connection|content-(length|type)|cookie|host|user
 
 class Endpoint:
     """
-    An address, and what unlocks it: a key, or a login in the address or in `~/.netrc`.
-
-    Nothing else goes there, and nothing to other addresses. The client would send the headers, the key and the
-    organization of its own environment variables (`OPENAI_API_KEY`, ...) to any endpoint, and follow redirects.
-
-    Args:
-        base_url (`str`):
-            The address, up to `/v1`.
-        key (`str`, *optional*):
-            The key.
-        use_netrc (`bool`, *optional*, defaults to `False`):
-            Whether to look for a login in `~/.netrc` if there is none in the address.
+    An address up to `/v1`, with a key, or a login in the address or in `~/.netrc`. The client alone would send the key
+    and headers of its own environment variables (`OPENAI_API_KEY`, ...) to any endpoint, and follow redirects.
     """
 
     def __init__(self, base_url: str, key: str = "", use_netrc: bool = False):

@@ -20,20 +20,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Model:
-    """
-    The shape of a policy.
-
-    Args:
-        name (`str`): Name.
-        num_parameters (`float`): Number of parameters.
-        num_layers (`int`): Number of layers.
-        hidden_size (`int`): Width.
-        intermediate_size (`int`): Width of the feed-forward layer.
-        vocab_size (`int`): Number of tokens of the vocabulary.
-        num_key_value_heads (`int`): Number of key and value heads.
-        head_dim (`int`): Width of a head.
-        num_trainable (`float`, *optional*): Number of parameters that are trained, with LoRA; all if not given.
-    """
+    """The shape of a policy."""
 
     name: str
     num_parameters: float
@@ -43,26 +30,11 @@ class Model:
     vocab_size: int
     num_key_value_heads: int
     head_dim: int
-    num_trainable: float | None = None
+    num_trainable: float | None = None  # with an adapter; `None` is all of them
 
 
 def model_from_config(name: str, config: PreTrainedConfig, peft_config=None, trust_remote_code: bool = False) -> Model:
-    """
-    The shape of a model of which only the config is at hand. It is built without memory for weights, and counted.
-
-    Args:
-        name (`str`):
-            Name.
-        config ([`~transformers.PreTrainedConfig`]):
-            Its config.
-        peft_config ([`~peft.PeftConfig`], *optional*):
-            The adapter to train in place of the model.
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Whether the model's own code may run.
-
-    Returns:
-        [`Model`]: Its shape.
-    """
+    """The shape of a model of which only the config is there. It is built without memory for weights, and counted."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         num_parameters, num_trainable = model.num_parameters(), None
@@ -96,26 +68,9 @@ def training_memory(
     gradient_checkpointing: bool = True,
 ) -> dict[str, float]:
     """
-    Memory of a GPU that trains.
-
-    Args:
-        model ([`Model`]):
-            The policy.
-        num_gpus (`int`):
-            GPUs that train.
-        tokens (`int`):
-            Tokens of a micro-batch, prompts included.
-        zero_stage (`int`, *optional*, defaults to `3`):
-            What is sharded over them: nothing (0), optimizer state (1), gradients too (2), weights too (3, or FSDP2).
-        weight_bytes (`int`, *optional*, defaults to `4`):
-            Bytes of a weight, and of its gradient and each moment.
-        compute_bytes (`int`, *optional*, defaults to `2`):
-            Bytes of an activation.
-        gradient_checkpointing (`bool`, *optional*, defaults to `True`):
-            Whether activations are recomputed, layer by layer.
-
-    Returns:
-        `dict[str, float]`: GiB by what they hold.
+    GiB of a GPU that trains micro-batches of `tokens` tokens, by what they hold. `zero_stage` says what is sharded
+    over the GPUs: nothing (0), optimizer state (1), gradients too (2), weights too (3, or FSDP2). `weight_bytes` are
+    those of a weight, of its gradient and of each moment.
     """
     num_trainable = model.num_parameters if model.num_trainable is None else model.num_trainable
     weights, gradients, moments = model.num_parameters, num_trainable, 2 * num_trainable

@@ -98,18 +98,8 @@ _MAX_CALLS_AT_ONCE = 16
 
 def final_answer(text: str, opened: bool = False, require_think: bool = False) -> str | None:
     """
-    The answer in a completion: the text between the first and the second `</think>`, or all of it.
-
-    Args:
-        text (`str`):
-            The completion.
-        opened (`bool`, *optional*, defaults to `False`):
-            Whether the prompt ends with `<think>`. If so, the completion is reasoning until it says `</think>`.
-        require_think (`bool`, *optional*, defaults to `False`):
-            Whether there must be a `</think>`.
-
-    Returns:
-        `str` or `None`: The answer; `None` if the reasoning has no end.
+    The answer in a completion: the text between the first and the second `</think>`, or all of it; `None` if its
+    reasoning has no end. If the prompt has `opened` a `<think>`, the completion is reasoning until it says `</think>`.
     """
     parts = text.split("</think>")
     if len(parts) > 1:
@@ -139,25 +129,9 @@ def _closing_brace(text: str, start: int) -> int | None:
 
 
 def extract_choice(text: str) -> str | None:
-    r"""
-    The letter that an answer to a multiple choice question chooses.
-
-    What is boxed goes before statements such as `the answer is (C)` or `ANSWER: C`, and they before a last line that
-    is a letter and nothing else.
-
-    Args:
-        text (`str`):
-            The answer, without the reasoning before it.
-
-    Returns:
-        `str` or `None`: The letter; `None` if there is none, or if there are several.
-
-    Example:
-    ```python
-    >>> extract_choice(r"So it is \boxed{\text{C}}.")
-    'C'
-    >>> extract_choice("The answer is (A) or (B).")  # None
-    ```
+    """
+    The letter that an answer to a multiple choice question chooses; `None` if there is none, or several. A box comes
+    before a statement such as `the answer is (C)`, and that before a last line that is a letter and nothing else.
     """
     letters = set().union(*(_letters(_plain(content), alone=True) for content, _ in find_boxes(text)))
     if not letters:
@@ -226,20 +200,10 @@ _reader = functools.cache(_Reader)
 
 
 def grade(gold: str, answers: tuple[str, ...]) -> bool | None:
-    r"""
-    Whether an answer equals the gold answer, as judged by math-verify. A final full stop, colours and spaces between
-    thousands are taken out before, and an answer in another unit or base than the gold answer is wrong. Without
-    limits: call it in a [`WorkerPool`].
-
-    Args:
-        gold (`str`):
-            Gold answer: a LaTeX expression, or a text with one.
-        answers (`tuple[str, ...]`):
-            What is inside of each of the answer's boxes; or, of an answer without a box, the whole text. Several have
-            to be right one by one, or together, as the list `a,b`.
-
-    Returns:
-        `bool` or `None`: `None` where no gold answer can be parsed.
+    """
+    Whether all boxes of an answer, one by one or together as the list `a,b`, equal the gold answer, by math-verify;
+    `None` if that cannot be parsed. A final full stop, colours and spaces between thousands do not count, another unit
+    or base does. Has no limits: call it in a [`WorkerPool`].
     """
     gold, answers = _tidy(gold), tuple(_tidy(answer) for answer in answers)
     parsed_gold = _parse_gold(gold)
@@ -342,11 +306,8 @@ def _parse_gold(gold: str) -> list:
 
 class Failure(NamedTuple):
     """
-    What [`WorkerPool.map`] gives in place of a result.
-
-    Args:
-        reason (`str`):
-            `"time limit"`, `"exit code -11"` (a worker that ended, by signal 11), or the exception.
+    What [`WorkerPool.map`] gives in place of a result: `"time limit"`, `"exit code -11"` (ended by signal 11), or the
+    exception.
     """
 
     reason: str
@@ -354,39 +315,22 @@ class Failure(NamedTuple):
 
 class WorkerPool:
     """
-    Calls a function in worker processes, each call within a hard limit.
-
-    A worker that exceeds the time limit is killed, whatever it is at: an alarm inside of it would not reach code in C.
-    A worker that crashes costs the one call that it was at. The first call of a worker that was idle is tried again,
-    as something else may have killed or stopped it. Workers are started when the first calls come, end with their
-    parent, however that ends, and are replaced after a failure and when they have grown. Every thread may use the
-    pool, one at a time; a forked process has workers of its own. POSIX only.
-
-    Args:
-        function (`Callable`, *optional*, defaults to [`grade`]):
-            Function of a module that workers can import.
-        num_workers (`int`, *optional*):
-            Number of workers. By default the environment variable `LUFFY_REWARD_WORKERS`, or else this process' share
-            of the node's CPUs, 8 at most.
-        timeout (`float`, *optional*):
-            Seconds that a call may take, without the start of a worker. By default the environment variable
-            `LUFFY_REWARD_TIMEOUT`, or else 5.
-        memory_limit (`float`, *optional*):
-            Address space of a worker, in MiB. By default the environment variable `LUFFY_REWARD_MEMORY`, or else 1024.
-            Not enforced on macOS. A worker whose resident memory has grown beyond a quarter of it is replaced.
-        calls_per_worker (`int`, *optional*, defaults to `20000`):
-            Number of calls after which a worker is replaced.
-
-    Raises:
-        ValueError: If a limit is not a positive number.
+    Calls a function of a module that workers can import in processes, each call within a hard limit. A worker that
+    exceeds the time limit is killed, and one that crashes costs the one call that it was at. POSIX only.
     """
+
+    # An alarm inside of a worker would not reach code in C. The first call of a worker that was idle is tried again:
+    # something else may have killed or stopped it. Workers are started when the first calls come, end with their
+    # parent, however that ends, and are replaced after a failure, after `calls_per_worker` calls, and when their
+    # resident memory has grown beyond a quarter of the limit (which macOS does not enforce). Every thread may use the
+    # pool, one at a time; a forked process has workers of its own.
 
     def __init__(
         self,
         function: Callable = grade,
         num_workers: int | None = None,
-        timeout: float | None = None,
-        memory_limit: float | None = None,
+        timeout: float | None = None,  # seconds, without the start of a worker
+        memory_limit: float | None = None,  # MiB of address space
         calls_per_worker: int = 20_000,
     ):
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -403,17 +347,8 @@ class WorkerPool:
 
     def map(self, calls: list[tuple]) -> list[Any]:
         """
-        Calls the function with each tuple of arguments.
-
-        Args:
-            calls (`list[tuple]`):
-                Arguments of each call. What is passed and returned is pickled.
-
-        Returns:
-            `list`: The result of each call, or a [`Failure`].
-
-        Raises:
-            RuntimeError: If workers cannot be started.
+        The result of the function for each tuple of arguments, or a [`Failure`]. What is passed and returned is
+        pickled.
         """
         with self._lock:
             try:

@@ -33,57 +33,31 @@ _ROWS_PER_BATCH = 64
 
 @dataclass
 class Trace:
-    """
-    A trace as training would show it.
-
-    Args:
-        row (`int`): Number of its row, from 0.
-        name (`str`): The column, and its number in the row.
-        length (`int`): Number of its tokens.
-        rewards (`list[float | None]`): What each reward function gives it.
-        total (`float`): Their weighted sum; NaN if there is none.
-        reason (`str`): Why it earns nothing, as far as it can be told.
-    """
+    """A trace as training would show it."""
 
     row: int
-    name: str
+    name: str  # the column, and its number in the row
     length: int
-    rewards: list[float | None] = field(default_factory=list)
-    total: float = math.nan
-    reason: str = ""
+    rewards: list[float | None] = field(default_factory=list)  # of each reward function
+    total: float = math.nan  # their weighted sum; NaN if there is none
+    reason: str = ""  # why it earns nothing, as far as it can be told
 
 
 @dataclass
 class Findings:
-    """
-    What [`inspect_dataset`] finds.
-
-    Args:
-        num_rows (`int`): Rows read.
-        prompt_lengths (`list[int]`): Tokens of each prompt that can be used.
-        num_traces (`list[int]`): Traces of each row whose prompt fits.
-        long_prompts (`list[tuple[int, int]]`): Rows that are left out, and the length of their prompts.
-        without_traces (`list[int]`): Rows that have no trace.
-        all_dropped (`list[int]`): Rows that have traces, and can show none.
-        too_long (`list[Trace]`): Traces that are too long.
-        repeated (`list[Trace]`): Traces that repeat another of their row.
-        traces (`list[Trace]`): Traces that training shows.
-        suspicious (`list[str]`): Traces that look wrong.
-        problems (`list[str]`): What training would refuse.
-        examples (`list[tuple[int, list, list]]`): Rows to show: number, prompt ids, and traces by name and ids.
-    """
+    """What [`inspect_dataset`] finds."""
 
     num_rows: int = 0
-    prompt_lengths: list[int] = field(default_factory=list)
-    num_traces: list[int] = field(default_factory=list)
-    long_prompts: list[tuple[int, int]] = field(default_factory=list)
+    prompt_lengths: list[int] = field(default_factory=list)  # of prompts that can be used
+    num_traces: list[int] = field(default_factory=list)  # of each row whose prompt fits
+    long_prompts: list[tuple[int, int]] = field(default_factory=list)  # rows that are left out, and their length
     without_traces: list[int] = field(default_factory=list)
-    all_dropped: list[int] = field(default_factory=list)
+    all_dropped: list[int] = field(default_factory=list)  # rows that have traces, and can show none
     too_long: list[Trace] = field(default_factory=list)
     repeated: list[Trace] = field(default_factory=list)
-    traces: list[Trace] = field(default_factory=list)
+    traces: list[Trace] = field(default_factory=list)  # what training shows
     suspicious: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)  # what training would refuse
     examples: list[tuple[int, str | list[dict], list[int], list[tuple[str, list[int]]]]] = field(default_factory=list)
 
 
@@ -100,30 +74,8 @@ def inspect_dataset(
     console: Console | None = None,
 ) -> Findings:
     """
-    Does what training does with a dataset before and around a step, but for the model.
-
-    Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Training data.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The policy's tokenizer.
-        eos_token_ids (`list[int]`):
-            Every token that ends generation.
-        args ([`LuffyConfig`]):
-            Configuration of the run.
-        reward_funcs (`list[Callable | str]`):
-            Reward functions. Models, which are given by name, do not score here.
-        max_prompt_length (`int`, *optional*):
-            Rows with a longer prompt are left out.
-        max_rows (`int`, *optional*):
-            Rows to read; all if not given.
-        num_examples (`int`, *optional*, defaults to `1`):
-            Rows to keep for display.
-        console ([`~rich.console.Console`], *optional*):
-            Where a progress bar goes; none if not given.
-
-    Returns:
-        [`Findings`]: What there is to say.
+    Does what training does with a dataset before and around a step, without the model. Reward models do not score
+    here. Reads `max_rows` rows, keeps `num_examples` of them for display, and shows progress on `console`.
     """
     findings = Findings()
     field_name = check_columns(dataset) if args.num_demonstrations > 0 else None
@@ -317,19 +269,7 @@ def _reason(reward_func: Callable, completion: str | list[dict], row: dict, trac
 
 def sources_of_prompt(tokenizer, prompt: str | list[dict], ids: list[int]) -> list[tuple[str, str]]:
     """
-    The text of a rendered prompt, in parts.
-
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The policy's tokenizer.
-        prompt (`str` or `list[dict]`):
-            The prompt.
-        ids (`list[int]`):
-            Its token ids.
-
-    Returns:
-        `list[tuple[str, str]]`: Pairs of `"prompt"` (what the dataset says) or `"template"` (what the chat template
-        and the tokenizer add) and a text.
+    A rendered prompt in parts: a text, and whether it is of the `"prompt"` in the dataset or of the `"template"`.
     """
     text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     contents = [prompt] if isinstance(prompt, str) else [message.get("content") for message in prompt]

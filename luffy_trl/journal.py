@@ -9,18 +9,9 @@ from typing import Any
 
 class Journal:
     """
-    Rows by key, a JSON line each, to which lines are only ever added. Memory holds where each line begins.
-
-    A last line that was cut when its writer was killed is taken off.
-
-    Args:
-        path (`str` or `Path`):
-            The file. It is made with the first row.
-        key (`str`, *optional*, defaults to `"key"`):
-            The field of a row that says which it is. Of two rows with the same, the later one counts.
-
-    Raises:
-        ValueError: If another line cannot be read.
+    Rows by a key, a JSON line each. Lines are only ever added, and of two with the same key the later one counts.
+    Memory holds where each line begins. A last line that was cut when its writer was killed is taken off; another that
+    cannot be read is an error.
     """
 
     def __init__(self, path: str | Path, key: str = "key"):

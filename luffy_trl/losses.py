@@ -227,18 +227,8 @@ def mixed_policy_loss(
 
 def high_entropy_mask(entropies: torch.Tensor, mask: torch.Tensor, share: float) -> torch.Tensor:
     """
-    The tokens of highest entropy among some tokens of each completion (arXiv 2507.01679, Prefix-RFT).
-
-    Args:
-        entropies (`torch.Tensor` of shape `(B, T)`):
-            Entropies of the policy.
-        mask (`torch.Tensor` of shape `(B, T)`, bool):
-            The tokens.
-        share (`float`):
-            How many of them, between 0 and 1; rounded up, so that one is never left out.
-
-    Returns:
-        `torch.Tensor`: Which of the tokens they are, of shape `(B, T)`; of equal entropies, the first.
+    The share of the tokens under a mask that have the highest entropy in their completion (arXiv 2507.01679,
+    Prefix-RFT); rounded up, so that it is never empty. Of equal entropies the first count.
     """
     wanted = (mask.sum(1, keepdim=True) * share).ceil()
     order = entropies.detach().masked_fill(~mask, -torch.inf).argsort(dim=1, descending=True, stable=True)
@@ -350,47 +340,20 @@ def loss_mask(inputs: dict[str, Any]) -> torch.Tensor:
 class TokenBatch:
     """
     The completions of a micro-batch, token by token: what the terms of a loss are made from. Tensors have the shape
-    `(B, T)`, and a gradient where the policy's log-probs enter.
-
-    Args:
-        logps (`torch.Tensor`):
-            Log-probabilities under the policy, with gradient.
-        old_logps (`torch.Tensor`):
-            Log-probabilities under the policy that sampled the rollouts.
-        mask (`torch.Tensor`):
-            1 on tokens of the completions, 0 on padding and on what tools have answered.
-        demonstration_mask (`torch.Tensor`, bool):
-            True on the tokens of demonstrations.
-        advantages (`torch.Tensor` of shape `(B,)` or `(B, T)`):
-            Advantages, per completion or per token.
-        behavior_logps (`torch.Tensor`, *optional*):
-            Log-probabilities of demonstration tokens under whoever wrote them; `None` is a probability of 1.
-        ref_logps (`torch.Tensor`, *optional*):
-            Log-probabilities under the reference model.
-        sampling_ratio (`torch.Tensor` of shape `(B, T)` or `(B, 1)`, *optional*):
-            TRL's correction of rollouts that another engine has sampled.
-        entropies (`torch.Tensor`, *optional*):
-            Entropies of the policy.
-        is_solved (`torch.Tensor` of shape `(B,)`, bool, *optional*):
-            Which completions earn full reward.
-        is_mixed (`torch.Tensor` of shape `()`, bool, *optional*):
-            Whether there is a demonstration in the generation batch, of any process.
-
-    Attributes:
-        ratio (`torch.Tensor`): The [`importance_ratio`].
+    `(B, T)` where nothing else is said, and a gradient where the policy's log-probs enter.
     """
 
     logps: torch.Tensor
-    old_logps: torch.Tensor
-    mask: torch.Tensor
-    demonstration_mask: torch.Tensor
-    advantages: torch.Tensor
-    behavior_logps: torch.Tensor | None = None
+    old_logps: torch.Tensor  # under the policy that sampled the rollouts
+    mask: torch.Tensor  # 1 on tokens of the completions, 0 on padding
+    demonstration_mask: torch.Tensor  # bool
+    advantages: torch.Tensor  # (B,), or (B, T)
+    behavior_logps: torch.Tensor | None = None  # of demonstration tokens; `None` is a probability of 1
     ref_logps: torch.Tensor | None = None
-    sampling_ratio: torch.Tensor | None = None
+    sampling_ratio: torch.Tensor | None = None  # (B, T) or (B, 1): TRL's correction for rollouts of another engine
     entropies: torch.Tensor | None = None
-    is_solved: torch.Tensor | None = None
-    is_mixed: torch.Tensor | None = None
+    is_solved: torch.Tensor | None = None  # (B,), bool: earns full reward
+    is_mixed: torch.Tensor | None = None  # (), bool: any process has a demonstration in the generation batch
 
     @classmethod
     def from_inputs(cls, inputs: dict[str, Any], logps: torch.Tensor, entropies: torch.Tensor) -> "TokenBatch":
@@ -440,29 +403,16 @@ class TokenBatch:
 @dataclass(frozen=True)
 class Denominators:
     """
-    What the sums of a loss are divided by.
-
-    TRL's micro-batches are alike: each is a mean, and the optimizer step is the mean over them. Micro-batches by
-    length are not: each is divided by what the optimizer step has in all, and the step is their sum.
-
-    Args:
-        num_sequences (`int` or `torch.Tensor`):
-            Completions.
-        num_tokens (`torch.Tensor`):
-            Tokens of completions.
-        num_update_tokens (`torch.Tensor`):
-            Tokens of a process in one optimizer step, for `loss_type="dapo"`.
-        num_update_demonstration_tokens (`torch.Tensor`):
-            Demonstration tokens of a process in one optimizer step.
-        num_means (`float`):
-            Over how many micro-batches the optimizer step is the mean; 1 where it is the sum.
+    What the sums of a loss are divided by. TRL's micro-batches are alike: each is a mean, and the optimizer step is
+    the mean over them. Micro-batches by length are not: each is divided by the total of the optimizer step, which is
+    their sum.
     """
 
     num_sequences: int | torch.Tensor
     num_tokens: torch.Tensor
-    num_update_tokens: torch.Tensor
-    num_update_demonstration_tokens: torch.Tensor
-    num_means: float
+    num_update_tokens: torch.Tensor  # of a process in one optimizer step, for `loss_type="dapo"`
+    num_update_demonstration_tokens: torch.Tensor  # likewise
+    num_means: float  # over how many micro-batches the optimizer step is the mean; 1 where it is the sum
 
     @classmethod
     def from_inputs(
@@ -496,23 +446,9 @@ def aggregate(
     per_token_loss: torch.Tensor, mask: torch.Tensor, loss_type: str, denominators: Denominators, max_length: int
 ) -> torch.Tensor:
     """
-    The loss of a micro-batch from those of its tokens, as TRL's loss types have it. The only reduction of a loss.
-
-    Args:
-        per_token_loss (`torch.Tensor` of shape `(B, T)`):
-            Losses of tokens.
-        mask (`torch.Tensor` of shape `(B, T)`):
-            Which of them count.
-        loss_type (`str`):
-            `"grpo"`, `"bnpo"`, `"dr_grpo"` or `"dapo"`; or `"demonstrations"`, the mean over the demonstration tokens
-            of the optimizer step, or `"sequences"`, the sum over tokens and the mean over completions.
-        denominators ([`Denominators`]):
-            What is divided by.
-        max_length (`int`):
-            The maximum number of tokens of a completion.
-
-    Returns:
-        `torch.Tensor`: The loss, before it is divided by the number of micro-batches that TRL averages over.
+    Reduces the losses of tokens to that of a micro-batch, before it is divided by the number of micro-batches: as
+    TRL's loss types do, or as the mean over the `"demonstrations"` tokens of the optimizer step, or over `"sequences"`
+    of the sum of their tokens. The only reduction of a loss.
     """
     if loss_type == "grpo":
         return ((per_token_loss * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).sum() / denominators.num_sequences
@@ -530,18 +466,15 @@ def aggregate(
 class Term(Protocol):
     """
     A summand of an objective: from the tokens of a micro-batch, at an optimizer step, to a loss for each of them.
-
-    `reduction` is `None` where the losses of tokens are added to those of other terms before they are reduced as the
-    loss type says; another name is that of a reduction of its own (see [`aggregate`]). `share(step)` is what such a
-    term takes from the others. In evaluation, which has neither demonstrations nor steps, terms are left out that are
-    not `in_evaluation`.
     """
 
     @property
-    def reduction(self) -> str | None: ...
+    def reduction(self) -> str | None:
+        """`None` adds its losses to those of other terms, to be reduced by the loss type; or see [`aggregate`]."""
 
     @property
-    def in_evaluation(self) -> bool: ...
+    def in_evaluation(self) -> bool:
+        """Whether it needs neither demonstrations nor a step, which evaluation does not have."""
 
     def __call__(self, tokens: TokenBatch, step: int) -> tuple[torch.Tensor, dict[str, Any]]:
         """
@@ -555,19 +488,7 @@ class Term(Protocol):
 
 @dataclass(frozen=True)
 class PolicyGradient:
-    """
-    The policy gradient of [`mixed_policy_loss`].
-
-    Args:
-        shaping, on_policy_shaping, clip_range, ratio_range, max_token_prob:
-            See [`mixed_policy_loss`].
-        on (`str`, *optional*, defaults to `"all"`):
-            `"all"` tokens, or those of `"rollouts"`.
-        clips_mixed (`bool`, *optional*, defaults to `True`):
-            Whether rollouts are clipped in a generation batch with demonstrations too.
-        entropy_share (`float`, *optional*, defaults to `1.0`):
-            Share of the demonstration tokens of each completion that carry a loss: those of the highest entropy.
-    """
+    """The policy gradient of [`mixed_policy_loss`], on `"all"` tokens or those of `"rollouts"`."""
 
     shaping: Shaping = Shaping()
     on_policy_shaping: Shaping = Shaping("none")
@@ -575,8 +496,8 @@ class PolicyGradient:
     ratio_range: tuple[float | None, float | None] = (None, None)
     max_token_prob: float | None = None
     on: str = "all"
-    clips_mixed: bool = True
-    entropy_share: float = 1.0
+    clips_mixed: bool = True  # clips rollouts in a generation batch with demonstrations too
+    entropy_share: float = 1.0  # of each completion's demonstration tokens: those of the highest entropy carry a loss
     reduction: ClassVar[str | None] = None
     in_evaluation: ClassVar[bool] = True
 
@@ -611,13 +532,8 @@ class PolicyGradient:
 @dataclass(frozen=True)
 class KLPenalty:
     """
-    TRL's estimate of the divergence from the reference.
-
-    Args:
-        beta (`float`):
-            Its weight.
-        bias_correction (`bool`, *optional*, defaults to `False`):
-            Whether samples of pi_old are weighted as samples of pi_theta. A demonstration is neither.
+    TRL's estimate of the divergence from the reference. The bias correction weights samples of pi_old as samples of
+    pi_theta; a demonstration is neither.
     """
 
     beta: float
@@ -638,26 +554,17 @@ class KLPenalty:
 @dataclass(frozen=True)
 class CrossEntropy:
     """
-    Cross-entropy on demonstration tokens, times a weight with a schedule.
-
-    Args:
-        peak, minimum, warmup_steps, decay_steps:
-            Of the weight; see [`sft_coefficient`].
-        interpolate (`bool`, *optional*, defaults to `False`):
-            Whether the other terms are multiplied by 1 minus the weight.
-        token_weight (`str`, *optional*, defaults to `"none"`):
-            `"chord"` weights each token with p (1 - p) of its probability p.
-        reduction (`str`, *optional*, defaults to `"demonstrations"`):
-            The mean over the demonstration tokens of the optimizer step; `None` reduces them as the loss type says.
+    Cross-entropy on demonstration tokens, times the weight of [`sft_coefficient`]; `"chord"` weights each token with p
+    (1 - p) too.
     """
 
     peak: float
     minimum: float = 0.0
     warmup_steps: int = 0
     decay_steps: int | None = None
-    interpolate: bool = False
+    interpolate: bool = False  # multiplies the other terms by 1 minus the weight
     token_weight: str = "none"
-    reduction: str | None = "demonstrations"
+    reduction: str | None = "demonstrations"  # `None` reduces its losses as the loss type says
     in_evaluation: ClassVar[bool] = False
 
     def _weight(self, step: int) -> float:
@@ -677,15 +584,7 @@ class CrossEntropy:
 
 @dataclass(frozen=True)
 class Objective:
-    """
-    A loss as a sum of terms over masks.
-
-    Args:
-        terms (`tuple[Term, ...]`):
-            The terms.
-        loss_type (`str`, *optional*, defaults to `"dr_grpo"`):
-            How the losses of tokens become one; see [`aggregate`].
-    """
+    """A loss as a sum of terms over masks."""
 
     terms: tuple[Term, ...]
     loss_type: str = "dr_grpo"
@@ -694,21 +593,8 @@ class Objective:
         self, tokens: TokenBatch, denominators: Denominators, max_length: int, step: int | None
     ) -> tuple[torch.Tensor, float, dict[str, Any]]:
         """
-        The loss of a micro-batch.
-
-        Args:
-            tokens ([`TokenBatch`]):
-                Its tokens.
-            denominators ([`Denominators`]):
-                What sums are divided by.
-            max_length (`int`):
-                The maximum number of tokens of a completion.
-            step (`int`, *optional*):
-                Optimizer step. In evaluation there is none, and terms with a reduction of their own are left out.
-
-        Returns:
-            `tuple[torch.Tensor, float, dict[str, Any]]`: The loss, by what it remains to be divided, and the
-            statistics of the terms.
+        The loss of a micro-batch, what it remains to be divided by, and the statistics of the terms. In evaluation
+        `step` is `None`, and terms that are not `in_evaluation` are left out.
         """
         # "dapo" has the number of micro-batches in its denominator
         divisor = 1.0 if self.loss_type == "dapo" else denominators.num_means
@@ -729,7 +615,7 @@ class Objective:
         for term, per_token_loss in others:
             if share := term.share(step):
                 loss = (1 - share) * loss
-            # What has a mean over the optimizer step is not divided by the number of micro-batches
+            # A mean over the optimizer step must not be divided by the number of micro-batches too
             mask, factor = tokens.mask, divisor / denominators.num_means
             if term.reduction == "demonstrations":
                 mask, factor = tokens.demonstration_mask, divisor

@@ -168,10 +168,8 @@ class LuffyTrainer(LengthAwareTrainer, MeasuringTrainer, ActingTrainer, SafeTrai
         self, batch: MixedBatch, prompts, prompt_ids, completion_ids, tool_mask, completions, logps, _, *images
     ):
         """
-        Puts demonstrations, in place, into the groups whose rollouts have failed.
-
-        They take the slots that they would have taken from the start: rollouts of a group are alike before they are
-        scored, so that no choice is fairer.
+        Puts demonstrations, in place, into the groups whose rollouts have failed, in the slots that they take at other
+        times: rollouts of a group are alike before they are scored, so that no choice is fairer.
         """
         batch.rollout_rewards = super()._calculate_rewards(batch.rows, prompts, completions, completion_ids)
         rewards = metrics.weighted_sum(batch.rollout_rewards, self.reward_weights)
@@ -185,7 +183,7 @@ class LuffyTrainer(LengthAwareTrainer, MeasuringTrainer, ActingTrainer, SafeTrai
         replaced = batch.replace(completion_ids, logps)
         prefixes = [i for i in replaced if batch.sources[i] == "prefix"]
         if any(gather_object([len(prefixes)])):
-            self._continue(prompt_ids, completion_ids, logps, prefixes)
+            self.continue_completions(prompt_ids, completion_ids, logps, prefixes)
         for i in replaced:
             completions[i] = decode_completion(self._tokenizer, prompts[i], prompt_ids[i], completion_ids[i])
         if tool_mask is not None:

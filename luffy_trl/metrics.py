@@ -21,10 +21,6 @@ class RunningMetrics:
     """
     Metrics that are summed where they arise, and reduced over processes and divided once, when they are logged: so
     micro-batches and processes are weighted by what they hold, and nothing waits for a number.
-
-    Args:
-        device (`torch.device`):
-            Where the sums are kept.
     """
 
     def __init__(self, device: torch.device):
@@ -167,19 +163,8 @@ def reduce_rollout_means(tokens: TokenBatch, stats: dict[str, Any], accelerator:
 
 def describe_batch(batch: MixedBatch, rewards: torch.Tensor, reward_weights: torch.Tensor) -> dict[str, float]:
     """
-    Metrics of a generation batch that every process can compute from what has been gathered anyway.
-
-    Args:
-        batch ([`MixedBatch`]):
-            The batch, with its rewards.
-        rewards (`torch.Tensor` of shape `(N,)`):
-            The weighted reward of each row.
-        reward_weights (`torch.Tensor` of shape `(F,)`):
-            Weights of the reward functions.
-
-    Returns:
-        `dict[str, float]`: `demonstrations/reward` and `/length`, `on_policy/solve_all` and `/solve_none`, and what
-        the sources have added.
+    Metrics of a generation batch that every process computes from what was gathered already: rewards and lengths of
+    demonstrations, how many groups are solved, and what the sources have added.
     """
     metrics = dict(batch.metrics)
     if batch.is_mixed:
@@ -239,19 +224,7 @@ def describe_rollouts(
 
 
 def describe_lengths(lengths: torch.Tensor, is_truncated: torch.Tensor) -> dict[str, float]:
-    """
-    TRL's metrics of the length of completions, by its formulas.
-
-    Args:
-        lengths (`torch.Tensor`):
-            Tokens of each completion, of shape `(N,)`.
-        is_truncated (`torch.Tensor`):
-            Whether it does not end by itself, of shape `(N,)`.
-
-    Returns:
-        `dict[str, float]`: `completions/clipped_ratio`, and the mean, minimum and maximum length of all and of those
-        that end by themselves.
-    """
+    """TRL's metrics of the length of completions, by its formulas: of all, and of those that end by themselves."""
     lengths = lengths.float()
     terminated = lengths[~is_truncated] if not is_truncated.all() else torch.zeros(1)
     metrics = {"completions/clipped_ratio": is_truncated.float().mean().item()}
@@ -266,18 +239,8 @@ def describe_groups(
     rollout_rewards: torch.Tensor, full_rewards: torch.Tensor, num_generations: int
 ) -> dict[str, float]:
     """
-    Shares of groups in which all rollouts, or none, solve their problem.
-
-    Args:
-        rollout_rewards (`torch.Tensor`):
-            Reward of each row, of shape `(N,)`; NaN where it is no rollout, or nothing scores it.
-        full_rewards (`torch.Tensor`):
-            What a row earns that gets 1 from each reward function that applies to it, of shape `(N,)`.
-        num_generations (`int`):
-            G, rows of a group.
-
-    Returns:
-        `dict[str, float]`: `on_policy/solve_all` and `on_policy/solve_none`, or nothing where no rollout was scored.
+    Shares of groups in which all rollouts, or none, solve their problem; nothing where no rollout was scored. A reward
+    is NaN where a row is no rollout, or no function scores it.
     """
     is_silent = rollout_rewards.isnan().view(-1, num_generations)
     has_solved = is_solved(rollout_rewards, full_rewards).view(-1, num_generations) | is_silent
@@ -293,19 +256,8 @@ def describe_groups(
 
 def describe_sampling(batch: dict[str, torch.Tensor], accelerator: Accelerator) -> dict[str, float]:
     """
-    TRL's metrics of the difference between vLLM and the policy, over rollout tokens of all processes.
-
-    Args:
-        batch (`dict[str, torch.Tensor]`):
-            The generation batch: `completion_mask`, `demonstration_mask`, `old_per_token_logps`,
-            `sampling_per_token_logps`, and `tool_mask` where there is one, of shape `(B, T)`;
-            `importance_sampling_ratio` of shape `(B, T)` or `(B, 1)`.
-        accelerator ([`~accelerate.Accelerator`]):
-            Of the trainer. All processes must call this together.
-
-    Returns:
-        `dict[str, float]`: `sampling/sampling_logp_difference/mean`, and the mean, minimum and maximum of
-        `sampling/importance_sampling_ratio`.
+    TRL's metrics of the difference between vLLM and the policy, over rollout tokens of all processes, which call this
+    together.
     """
     is_rollout = loss_mask(batch).bool() & ~batch["demonstration_mask"]
     delta = torch.abs(batch["old_per_token_logps"] - batch["sampling_per_token_logps"])

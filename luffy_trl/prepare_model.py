@@ -71,18 +71,8 @@ class PrepareArguments:
 
 def extend_positions(config: PreTrainedConfig, max_position_embeddings: int, rope_theta: float | None = None) -> None:
     """
-    Gives a model more positions, in place.
-
-    Args:
-        config ([`~transformers.PreTrainedConfig`]):
-            The model's config.
-        max_position_embeddings (`int`):
-            Positions that it needs at least.
-        rope_theta (`float`, *optional*):
-            Base of the rotary embedding. Defaults to the config's own, times the factor by which positions grow.
-
-    Raises:
-        ValueError: If the model has no single rotary embedding without scaling to extend.
+    Gives a model more positions, in place. By default the base of its rotary embedding grows by the same factor.
+    Without a single, unscaled rotary embedding this is an error.
     """
     old = config.max_position_embeddings
     if old >= max_position_embeddings and rope_theta is None:
@@ -106,17 +96,7 @@ def extend_positions(config: PreTrainedConfig, max_position_embeddings: int, rop
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
     """
-    The token with which the tokenizer's chat template ends a turn of the assistant.
-
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The tokenizer, with its chat template.
-
-    Returns:
-        `int`: Its id.
-
-    Raises:
-        ValueError: If what the template writes there does not begin with a special token of the tokenizer.
+    The token with which the tokenizer's chat template ends a turn of the assistant. It has to be a special token.
     """
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "MARKER"}]
     end = tokenizer.apply_chat_template(messages, tokenize=False).rpartition("MARKER")[2]
@@ -132,16 +112,8 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def choose_pad_token(tokenizer: PreTrainedTokenizerBase, end_id: int) -> str:
     """
-    A token to pad with: the tokenizer's own, unless it ends a turn and there is another.
-
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The tokenizer.
-        end_id (`int`):
-            The token that ends a turn of the assistant.
-
-    Returns:
-        `str`: The token. It is what ends a turn only where the vocabulary has nothing else that is sure to be unused.
+    A token to pad with: the tokenizer's own, unless it ends a turn and the vocabulary has another that is surely
+    unused.
     """
     if tokenizer.pad_token_id not in (None, end_id):
         return tokenizer.pad_token
@@ -152,16 +124,8 @@ def choose_pad_token(tokenizer: PreTrainedTokenizerBase, end_id: int) -> str:
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_template: str = "luffy") -> None:
     """
-    Installs a chat template, and makes the tokenizer's EOS token what ends a turn under it, in place.
-
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The tokenizer.
-        chat_template (`str`, *optional*, defaults to `"luffy"`):
-            Name of a template, a `.jinja` file, or `"keep"`.
-
-    Raises:
-        ValueError: If there is no such template, or the tokenizer has no token to end its turns.
+    Installs a chat template (a name, a `.jinja` file or `"keep"`), and makes the tokenizer's EOS token what ends a
+    turn under it, in place.
     """
     if chat_template.endswith(".jinja"):
         if not Path(chat_template).is_file():

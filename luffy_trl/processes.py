@@ -27,14 +27,8 @@ _SET_PARENT_DEATH_SIGNAL = 1  # of Linux' prctl
 
 class OneStream(TorchIterableDataset):
     """
-    A stream of which every process reads all rows, and takes its own part of each generation batch.
-
-    accelerate gives each process shards of its own where a stream has enough of them. Then the rows of a group, which
-    may lie on several processes, would belong to different prompts.
-
-    Args:
-        dataset ([`~datasets.IterableDataset`]):
-            The stream.
+    A stream of which every process reads all rows, and takes its own part of each generation batch. accelerate gives
+    processes shards of their own; the rows of a group that lies on several processes would be of different prompts.
     """
 
     def __init__(self, dataset: IterableDataset):
@@ -50,10 +44,9 @@ class OneStream(TorchIterableDataset):
 
 def end_processes():
     """
-    Closes the process group when Python ends, as `trainer.end()` does, and waits for its threads.
-
-    One that still holds the tensors of the last collective, on a busy machine, would find Python gone, and abort the
-    process. After an unhandled error the group is left open: closing it may wait for processes that wait for this one.
+    Closes the process group when Python ends, as `trainer.end()` does. Threads that still hold tensors of the last
+    collective would abort the process. After an error it stays open: closing may wait for processes that wait for this
+    one.
     """
     if getattr(sys, "last_value", None) is None:
         PartialState().destroy_process_group()
@@ -80,13 +73,7 @@ def find_checkpoints(output_dir: str) -> list[Path]:
 
 def check_output_dir(args: TrainingArguments, overwrite: bool):
     """
-    Raises a `ValueError` if a new run would mix its checkpoints with those of another.
-
-    Args:
-        args ([`~transformers.TrainingArguments`]):
-            Configuration of the run.
-        overwrite (`bool`):
-            Whether to delete them instead.
+    Raises a `ValueError` if a new run would mix its checkpoints with those of another, which `overwrite` deletes.
     """
     checkpoints = find_checkpoints(args.output_dir)
     if overwrite and args.resume_from_checkpoint:
@@ -139,12 +126,7 @@ def _lock(output_dir: str):
 
 @contextmanager
 def locked(output_dir: str):
-    """
-    Keeps other runs out of a folder while this one writes to it. All processes must enter together.
-
-    Raises:
-        ValueError: If another run holds it.
-    """
+    """Keeps other runs out of a folder while this one writes to it. All processes must enter together."""
     state = PartialState()
     with ExitStack() as stack:
         error: ValueError | None = None

@@ -34,11 +34,7 @@ def basic_auth(user: str, password: str) -> list[str]:
 class Redactor:
     """
     Replaces keys by `[key]`, however they are written: as they are, percent-encoded, or escaped as in JSON, Python or
-    HTML; and parts of them, such as `sk-abc***xyz`.
-
-    Args:
-        *keys (`str`):
-            The keys. Empty ones count for nothing.
+    HTML; and parts of them, such as `sk-abc***xyz`. Empty keys do not count.
     """
 
     def __init__(self, *keys: str):

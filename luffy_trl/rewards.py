@@ -104,22 +104,7 @@ def math_verify_reward(
 def explain_math_verify_reward(
     completion: str, gold: str | None, reward: float | None, require_think: bool = False
 ) -> str:
-    r"""
-    Why [`math_verify_reward`] gives a completion nothing.
-
-    Args:
-        completion (`str`):
-            Text of the completion.
-        gold (`str`):
-            The gold answer.
-        reward (`float`):
-            What it was given: 0.0 or `None`.
-        require_think (`bool`, *optional*, defaults to `False`):
-            As of [`math_verify_reward`].
-
-    Returns:
-        `str`: The reason.
-    """
+    """Why [`math_verify_reward`] gives a completion 0.0, or `None`."""
     if reward is None:
         return f"the gold answer {str(gold)[:80]!r} cannot be parsed"
     if require_think and final_answer(completion, require_think=True) is None:

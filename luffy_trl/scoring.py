@@ -22,18 +22,8 @@ from .groups import MixedBatch
 
 def score_once(reward_func: Callable | nn.Module, number: int, get_batch: Callable[[], MixedBatch | None]) -> Callable:
     """
-    Wraps a reward function so that it is called for rows without a score only.
-
-    Args:
-        reward_func (`Callable` or `nn.Module`):
-            A reward function of TRL's kind, which is returned as it is if it is a model.
-        number (`int`):
-            Its number among the reward functions.
-        get_batch (`Callable[[], MixedBatch | None]`):
-            Returns the batch that is being scored.
-
-    Returns:
-        `Callable`: The wrapped function.
+    Wraps reward function `number` so that it is called only for the rows of the batch without a score. A model is
+    returned as it is.
     """
     if isinstance(reward_func, nn.Module):
         return reward_func

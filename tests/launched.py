@@ -42,18 +42,6 @@ class Recorder(TrainerCallback):
         self.gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
 
 
-def record_micro_batches(trainer):
-    micro_batches, compute_loss = [], trainer._compute_loss
-
-    def recording(model, inputs):
-        batch = {key: value.clone() for key, value in inputs.items() if value is not None}
-        micro_batches.append({**batch, "step": trainer.state.global_step})
-        return compute_loss(model, inputs)
-
-    trainer._compute_loss = recording
-    return micro_batches
-
-
 def count(output_dir):
     """Groups of 4 with 1 and 2 demonstrations; a process holds half a group, or a whole one."""
     results = {}
@@ -110,7 +98,7 @@ def gradients(output_dir):
             Dataset.from_list(tiny.addition_rows(16)),
             callbacks=[recorder],
         )
-        micro_batches = record_micro_batches(trainer)
+        micro_batches = tiny.record_micro_batches(trainer)
         trainer.train()
         results[loss_type, cut] = {
             "weights": recorder.weights,
@@ -138,12 +126,12 @@ def metrics(output_dir):
         Dataset.from_list(tiny.addition_rows(8, lambda i: [f"<think>\n{i} and 1</think>A{j}" for j in (1, 2)])),
     )
     trainer.train()
-    return {"log_history": trainer.state.log_history, "source": list(trainer._logs["extra"]["source"])}
+    return {"log_history": trainer.state.log_history}
 
 
 def on_failure(output_dir):
     """Two rows for each process and one group for each step, of which one fails and the other does not."""
-    scored, advantages = [], []
+    scored = []
 
     def reward(completions, answer, **kwargs):
         scored.append(len(completions))
@@ -163,15 +151,9 @@ def on_failure(output_dir):
         Dataset.from_list(tiny.addition_rows(2, lambda i: [f"<think>\n{i} and 1</think>A{j}" for j in (1, 2)])),
     )
     generated = tiny.count_generated_rows(trainer.accelerator.unwrap_model(trainer.model))
-    generate = trainer._generate_and_score_completions
-
-    def recording(inputs):
-        output = generate(inputs)
-        advantages.append(sorted(trainer.accelerator.gather(output["advantages"]).tolist()))
-        return output
-
-    trainer._generate_and_score_completions = recording
+    batches = tiny.record_batches(trainer)
     trainer.train()
+    advantages = [output["advantages"].tolist() for _, output in batches]
     records = [
         {key: value for key, value in log.items() if "time" not in key and "per_second" not in key}
         for log in trainer.state.log_history
@@ -249,14 +231,9 @@ def streams(output_dir):
             ),
             Dataset.from_list(tiny.addition_rows(24)).to_iterable_dataset(num_shards=num_shards),
         )
-        seen, generate = [], trainer._generate_and_score_completions
-
-        def recording(inputs, seen=seen, generate=generate):
-            seen.append([row["prompt"] for row in inputs])
-            return generate(inputs)
-
-        trainer._generate_and_score_completions = recording
+        batches = tiny.record_batches(trainer)
         trainer.train()
+        seen = [[row["prompt"] for row in batch.rows] for batch, _ in batches]
         rewards = [log["demonstrations/reward"] for log in trainer.state.log_history if "reward" in log]
         results[num_shards] = {"prompts": seen, "rewards": rewards}
     return results
@@ -288,19 +265,12 @@ def canned(output_dir, per_device, lora=False, **options):
         Dataset.from_list([{**row, "hints": ["a", "b"]} for row in rows]),
         peft_config=peft_config,
     )
-    generated, sources = [], []
-    finish = trainer.method.finish
-
-    def recording_finish(batch, output):
-        finish(batch, output)
-        sources.append(batch.sources)
-
-    object.__setattr__(trainer.method, "finish", recording_finish)
+    generated, batches = [], tiny.record_batches(trainer)
 
     def answer(prompt_ids, completion_ids, logps, sampled):
         generated.append(len(sampled))
         for i in sampled:
-            slot = trainer._batch.slot(i)
+            slot = (trainer.accelerator.process_index * len(prompt_ids) + i) % args.num_generations
             rng = random.Random(f"{prompt_ids[i]}-{slot}")
             completion_ids[i] += [rng.randrange(6, 90) for _ in range(rng.randrange(2, 15))]
 
@@ -309,16 +279,16 @@ def canned(output_dir, per_device, lora=False, **options):
         answer(prompt_ids, completion_ids, None, range(len(prompt_ids)))
         return completion_ids, None
 
-    trainer._continue = answer
+    trainer.continue_completions = answer
     if args.demonstration_policy == "on_failure":  # all rollouts come first
         trainer._generate_single_turn = answer_all
-    micro_batches = record_micro_batches(trainer)
+    micro_batches = tiny.record_micro_batches(trainer)
     trainer.train()
     trainer.save_model(str(output_dir / "saved"))
     plugin = trainer.accelerator.state.deepspeed_plugin
     return {
         "generated": generated,
-        "sources": sources,
+        "sources": [batch.sources for batch, _ in batches],
         "passes": [sum(batch["step"] == step for batch in micro_batches) for step in range(3)],
         "engine": f"zero{plugin.zero_stage}" if plugin else "fsdp" if trainer.is_fsdp_enabled else "ddp",
         "log_history": trainer.state.log_history,
@@ -384,6 +354,11 @@ def rebatched(output_dir):
         results.append({"options": options, "before": before, "after": after, "received": sum(received)})
     accelerator.end_training()
     return results
+
+
+def several(output_dir, scenarios):
+    """Other functions, one after the other: what starting the processes costs is paid once."""
+    return {name: globals()[function](output_dir / name, **kwargs) for name, (function, kwargs) in scenarios.items()}
 
 
 if __name__ == "__main__":

@@ -414,14 +414,8 @@ def test_padding_does_not_move_absolute_positions(tmp_path, options):
             rng = random.Random(f"{prompt_ids[i]}-{i}")
             completion_ids[i] += [rng.randrange(6, 90) for _ in range(rng.randrange(2, 15))]
 
-    trainer._continue = answer
-    batches, compute_loss = [], trainer._compute_loss
-
-    def recording(model, inputs):
-        batches.append((trainer.state.global_step, inputs))
-        return compute_loss(model, inputs)
-
-    trainer._compute_loss = recording
+    trainer.continue_completions = answer
+    batches = tiny.record_micro_batches(trainer)
     trainer.train()
 
     model = GPT2LMHeadModel.from_pretrained(tmp_path / "model")
@@ -430,16 +424,13 @@ def test_padding_does_not_move_absolute_positions(tmp_path, options):
     assert len(recorder.gradients) == 2
     for step, (weights, gradients) in enumerate(zip(recorder.weights, recorder.gradients, strict=True)):
         model.zero_grad()
-        for of_step, batch in batches:
-            for row in range(len(batch["prompt_ids"]) if of_step == step else 0):
-                ids = [
-                    batch[f"{part}_ids"][row][batch[f"{part}_mask"][row].bool()] for part in ("prompt", "completion")
-                ]
+        for batch in batches:
+            for row in range(len(batch["prompt_ids"]) if batch["step"] == step else 0):
+                ids = tiny.sequence(batch, row)
 
                 def logps_with(state):
                     model.load_state_dict(state, strict=False)
-                    logits = model(input_ids=torch.cat(ids)[None]).logits[0, len(ids[0]) - 1 : -1]  # noqa: B023
-                    return logits.log_softmax(-1).gather(-1, ids[1][:, None]).squeeze(-1)  # noqa: B023
+                    return tiny.logps_and_entropies(model, *ids)[0]  # noqa: B023
 
                 with torch.no_grad():
                     ref_logps = old_logps = logps_with(recorder.weights[0])

@@ -177,13 +177,11 @@ def test_mistakes(arguments, message):
         ("prepare-data score", "--teacher", "--teacher_name_or_path"),
     ],
 )
-def test_abbreviations(tmp_path, command, abbreviated, meant):
+def test_abbreviations(command, abbreviated, meant):
     """Each parser of a command, also where a required option is the one that is abbreviated, or a file names it."""
     modules = {**cli.COMMANDS, **{f"prepare-data {name}": value for name, value in cli.PREPARE_DATA.items()}}
-    script = [sys.executable, "-m", modules[command][0]]
-    result = subprocess.run([*script, abbreviated, "1"], cwd=tmp_path, capture_output=True, text=True)
-    message = f"ValueError: `luffy {command}` knows no argument '{abbreviated}'. Did you mean `{meant}`?\n"
-    assert result.returncode == 1 and result.stderr.endswith(message), result.stderr
+    message = f"ValueError: `luffy {command}` knows no argument '{abbreviated}'. Did you mean `{meant}`?"
+    assert tiny.exit_of(modules[command][0], abbreviated, "1") == message
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])

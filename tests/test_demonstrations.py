@@ -622,16 +622,13 @@ def test_supervised_rows_are_what_luffy_shows(tmp_path, is_chat):
 
     args = tiny.make_args(tmp_path / "out", num_demonstrations=2, gradient_accumulation_steps=2, max_steps=1)
     trainer = LuffyTrainer(path, tiny.share_of_digits, args, Dataset.from_list(rows), processing_class=tokenizer)
-    shown, compute_loss = [], trainer._compute_loss
-
-    def recording(model, inputs):
-        for i in inputs["demonstration_mask"].any(1).nonzero().flatten():
-            parts = [inputs[f"{part}_ids"][i][inputs[f"{part}_mask"][i].bool()] for part in ("prompt", "completion")]
-            shown.append([ids.tolist() for ids in parts])
-        return compute_loss(model, inputs)
-
-    trainer._compute_loss = recording
+    micro_batches = tiny.record_micro_batches(trainer)
     trainer.train()
+    shown = [
+        [ids.tolist() for ids in tiny.sequence(inputs, i)]
+        for inputs in micro_batches
+        for i in inputs["demonstration_mask"].any(1).nonzero().flatten()
+    ]
     assert sorted(prompt + completion for prompt, completion in shown) == sorted(supervised["input_ids"])
     assert {len(prompt) for prompt, _ in shown} == {labels.count(-100) for labels in supervised["labels"]}
 

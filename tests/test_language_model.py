@@ -227,6 +227,9 @@ REPEATED = """
     import run
     from transformers import Trainer
 
+    # A random model writes as much as it may, and traces have eleven tokens at most
+    run.CONDITIONS = {{name: (split, 24) for name, (split, _) in run.CONDITIONS.items()}}
+
     def killing(function, count):
         calls = itertools.count(1)
         def call(*args, **kwargs):

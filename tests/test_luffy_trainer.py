@@ -24,29 +24,13 @@ def model_path(tmp_path_factory):
     return tiny.save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
-def record_generation_batches(trainer):
-    """What every call of `_generate_and_score_completions` returns, in a list that fills during training."""
-    outputs, original = [], trainer._generate_and_score_completions
-
-    def recording(inputs):
-        outputs.append(original(inputs))
-        return outputs[-1]
-
-    trainer._generate_and_score_completions = recording
-    return outputs
-
-
-def logps_and_entropies(trainer, model, inputs):
-    """Log-probs and entropies of the completion tokens of a micro-batch, without gradient."""
-    with torch.no_grad():
-        logps, entropies, _ = trainer._get_per_token_logps_and_entropies(
-            model,
-            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1),
-            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
-            inputs["completion_ids"].size(1),
-            compute_entropy=True,
-        )
-    return logps, entropies
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What functions of `launched.py` return, one item per process, and their folder: all of them in one launch."""
+    folder = tmp_path_factory.mktemp("two_processes")
+    return folder, tiny.launch_several(
+        folder, {name: (name, {}) for name in ("count", "gradients", "on_failure", "metrics")}
+    )
 
 
 class Gradients(TrainerCallback):
@@ -62,11 +46,7 @@ class Gradients(TrainerCallback):
 
 def row_logps(model, batch, row):
     """Log-probs of the completion of a row of a micro-batch, by itself and without padding."""
-    prompt_ids, ids = (
-        batch[f"{part}_ids"][row][batch[f"{part}_mask"][row].bool()] for part in ("prompt", "completion")
-    )
-    logits = model(torch.cat([prompt_ids, ids])[None]).logits[0, len(prompt_ids) - 1 : -1]
-    return logits.log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
+    return tiny.logps_and_entropies(model, *tiny.sequence(batch, row))[0]
 
 
 def train(trainer):
@@ -87,8 +67,8 @@ def test_demonstrations_are_not_generated(model_path, tmp_path, num_demonstratio
     assert generated == [2 * (4 - num_demonstrations)] * 3  # two groups of four for each of three steps
 
 
-def test_demonstrations_are_not_generated_by_two_processes(tmp_path):
-    ranks = tiny.launch("count", tmp_path)
+def test_demonstrations_are_not_generated_by_two_processes(two_processes):
+    ranks = two_processes[1]["count"]
     # Half a group each, for two steps: rank 0 has slots 0 and 1, and with two demonstrations nothing to generate.
     assert [rank[1, 2] for rank in ranks] == [[1, 1], [2, 2]]
     assert [rank[2, 2] for rank in ranks] == [[], [2, 2]]
@@ -113,23 +93,23 @@ def test_a_row_without_traces_trains_on_rollouts(model_path, tmp_path):
     assert table[table.prompt == "1+1="].source.tolist() == ["rollout"] * 4
 
 
-def test_traces_are_loaded_once_for_each_generation(model_path, tmp_path):
-    """The dataloader loads the rows of a generation batch anew for each micro-batch: without the tokens."""
+def test_traces_are_loaded_once_for_each_generation(model_path, tmp_path, monkeypatch):
+    """The dataloader loads the rows of a generation batch again for each micro-batch: without the tokens."""
     trainer = LuffyTrainer(
         model_path,
         tiny.share_of_digits,
         tiny.make_args(tmp_path, gradient_accumulation_steps=4, max_steps=2),
         Dataset.from_list(tiny.addition_rows(16)),
     )
-    loaded, traces = [], trainer.method.sources[0]._traces
-
-    class Counted:
-        def __getitem__(self, number):
-            loaded.append(number)
-            return traces[number]
-
-    trainer.method.sources[0]._traces = Counted()
     assert not {"demonstration_ids", "demonstration_logps"} & set(trainer.train_dataset.column_names)
+    loaded, load = [], Dataset.__getitem__
+
+    def counting(dataset, number):
+        if "demonstration_ids" in dataset.column_names:
+            loaded.append(number)
+        return load(dataset, number)
+
+    monkeypatch.setattr(Dataset, "__getitem__", counting)
     trainer.train()
     assert len(loaded) == len(set(loaded)) == 8  # two generations of four groups
 
@@ -309,9 +289,9 @@ def plain_gradient(
     return total
 
 
-def test_gradients_of_mixed_batches_in_two_processes(tmp_path):
-    ranks = tiny.launch("gradients", tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+def test_gradients_of_mixed_batches_in_two_processes(two_processes):
+    ranks = two_processes[1]["gradients"]
+    model = AutoModelForCausalLM.from_pretrained(two_processes[0] / "model", dtype=torch.float32)
     for loss_type, cut in ranks[0]:
         results = [rank[loss_type, cut] for rank in ranks]
         weights = results[0]["weights"]
@@ -366,25 +346,25 @@ def test_a_micro_batch_by_length_waits_for_nothing(model_path, tmp_path, monkeyp
         tiny.make_args(tmp_path, entropy_coef=0.01, beta=0.1, gradient_accumulation_steps=2),
         Dataset.from_list(tiny.addition_rows(4)),
     )
-    calls, compute_loss = [], trainer._compute_loss
+    calls, compute_loss = [], trainer.compute_loss
 
-    def compute_counted_loss(model, inputs):
+    def compute_counted_loss(model, inputs, *args, **kwargs):
         with monkeypatch.context() as patched:
             patched.setattr(trainer.accelerator, "gather", lambda *args: calls.append("gather"))
             patched.setattr(trainer.accelerator, "reduce", lambda *args: calls.append("reduce"))
             patched.setattr(torch.Tensor, "item", lambda *args: calls.append("item"))
             patched.setattr(torch.Tensor, "tolist", lambda *args: calls.append("tolist"))
-            loss = compute_loss(model, inputs)
+            loss = compute_loss(model, inputs, *args, **kwargs)
         calls.append("loss")
         return loss
 
-    trainer._compute_loss = compute_counted_loss
+    trainer.compute_loss = compute_counted_loss
     trainer.train()
     assert calls == ["loss", "loss"]
     assert {"entropy", "kl", "policy_loss", "clip_ratio/low_min"} <= trainer.state.log_history[0].keys()
 
 
-def test_what_is_known_is_not_computed_again(model_path, tmp_path):
+def test_what_is_cached_is_not_computed_again(model_path, tmp_path):
     """Old log-probs are those of rollouts; a trace's reference log-probs and rewards are computed once."""
     runs = {}
     for is_cached in (False, True):
@@ -408,6 +388,7 @@ def test_what_is_known_is_not_computed_again(model_path, tmp_path):
                 shuffle_dataset=False,
                 cache_demonstration_rewards=is_cached,
                 cache_demonstration_ref_logps=is_cached,
+                log_completions=True,
             ),
             Dataset.from_list(tiny.addition_rows(4, lambda i: [f"A7{i}", f"B{i}{i}"])),
         )
@@ -420,17 +401,18 @@ def test_what_is_known_is_not_computed_again(model_path, tmp_path):
 
             model.register_forward_pre_hook(count, with_kwargs=True)
         trainer.train()
-        runs[is_cached] = rows, scored, trainer.state.log_history, list(trainer._logs["extra"]["length"])
+        runs[is_cached] = rows, scored, trainer.state.log_history
 
     # Four generations, two of each of the two groups of four, of which two rows are demonstrations
-    (rows, scored, log_history, _), (cached_rows, cached_scored, cached_log_history, lengths) = runs[False], runs[True]
+    (rows, scored, log_history), (cached_rows, cached_scored, cached_log_history) = runs[False], runs[True]
     assert rows == {"policy": [4] * 4, "reference": [4, 4] * 4}
     assert cached_rows == {"policy": [4] * 4, "reference": [4, 4, 4, 4, 4, 4]}
     assert len(scored) == 32 and len(cached_scored) == 24
     traces = [text for i in range(4) for text in (f"A7{i}", f"B{i}{i}")]
     assert [cached_scored.count(trace) for trace in traces] == [1] * 8
     assert [scored.count(trace) for trace in traces] == [2] * 8
-    assert lengths[0] is None and lengths[2] is not None
+    table = pd.read_parquet(sorted((tmp_path / "completions").glob("*.parquet"))[-1])
+    assert table.length.isna().tolist() == [True, True, False, False] * 2
     for log, cached_log in zip(log_history, cached_log_history, strict=True):
         for key in log.keys() - {"train_runtime", "train_samples_per_second", "train_steps_per_second", "step_time"}:
             assert cached_log[key] == pytest.approx(log[key], rel=1e-5, abs=1e-7)
@@ -447,8 +429,7 @@ def test_reference_log_probs_of_an_adapter(model_path, tmp_path):
         Dataset.from_list(tiny.addition_rows(4)),
         peft_config=LoraConfig(target_modules=["q_proj", "v_proj"], r=4),
     )
-    batches, compute_loss = [], trainer._compute_loss
-    trainer._compute_loss = lambda model, inputs: batches.append(inputs) or compute_loss(model, inputs)
+    batches = tiny.record_micro_batches(trainer)
     trainer.train()
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     for batch in batches:
@@ -480,9 +461,9 @@ def test_advantages_and_tokens_of_a_group(model_path, tmp_path, baseline):
         tiny.make_args(tmp_path, gradient_accumulation_steps=2, advantage_baseline=baseline, log_completions=True),
         Dataset.from_list(tiny.addition_rows(2, lambda i: ["A7"])),
     )
-    outputs = record_generation_batches(trainer)
+    batches = tiny.record_batches(trainer)
     trainer.train()
-    (output,) = outputs
+    ((_, output),) = batches
     tokenizer = tiny.make_tokenizer()
     expected_ids = tokenizer("A7")["input_ids"] + [tokenizer.eos_token_id]
     assert output["demonstration_mask"].sum(1).tolist() == [3, 0, 0, 0] * 2
@@ -517,51 +498,56 @@ def test_a_failed_demonstration_becomes_less_probable(model_path, tmp_path):
     assert logs[-1]["demonstrations/prob"] < 0.8 * logs[0]["demonstrations/prob"]
 
 
-@pytest.mark.parametrize("num_demonstrations", [0, 2])
-def test_options_of_the_loss_reach_it(model_path, tmp_path, num_demonstrations):
-    """The loss of the first micro-batch, put together by hand from the log-probs, for options that are all set."""
+def test_weighted_advantages_reach_the_loss(model_path, tmp_path):
+    """The loss of a second update, whose ratios are not 1, put together from the log-probs of each sequence."""
     trainer = LuffyTrainer(
         model_path,
         tiny.share_of_digits,
         tiny.make_args(
             tmp_path,
-            num_demonstrations=num_demonstrations,
-            policy_shaping="linear_log" if num_demonstrations else "regularized",
-            **({"policy_shaping_weight": 0.2, "demonstration_ratio_min": -0.6} if num_demonstrations else {}),
-            **({"demonstration_ratio_max": -0.5} if num_demonstrations else {}),
-            **({"demonstration_advantage_weight": 3.0} if num_demonstrations else {}),
+            num_demonstrations=2,
+            policy_shaping="linear_log",
+            policy_shaping_weight=0.2,
+            demonstration_ratio_min=-0.6,
+            demonstration_ratio_max=-0.5,
+            demonstration_advantage_weight=3.0,
+            rollout_advantage_weight=0.5,
             on_policy_shaping="power",
             on_policy_shaping_power=0.25,
-            rollout_advantage_weight=0.5,
             max_token_prob=0.1,
             gradient_accumulation_steps=1,
             steps_per_generation=2,
             max_steps=2,
+            log_completions=True,
         ),
         Dataset.from_list(tiny.addition_rows(2, lambda i: ["A7", "7A"])),
     )
-    losses, compute_loss = [], trainer._compute_loss
+    micro_batches = tiny.record_micro_batches(trainer)
+    losses, logps, compute_loss = [], [], trainer.compute_loss
 
-    def recording(model, inputs):
-        logps, _ = logps_and_entropies(trainer, model, inputs)
-        loss = compute_loss(model, inputs)
-        losses.append((inputs, logps, loss.item()))
-        return loss
+    def recording(model, inputs, *args, **kwargs):
+        with torch.no_grad():
+            logps.append([row_logps(model, inputs, row) for row in range(4)])
+        losses.append(compute_loss(model, inputs, *args, **kwargs))
+        return losses[-1]
 
-    trainer._compute_loss = recording
+    trainer.compute_loss = recording
     trainer.train()
-    (_, _, _), (inputs, logps, loss) = losses  # at the second update the ratio of rollouts is not 1
-    table = list(trainer._logs["advantages"])
-    is_demonstration, mask = inputs["demonstration_mask"], inputs["completion_mask"]
-    assert is_demonstration.any() == bool(num_demonstrations)
-    prob, ratio = logps.exp(), (logps - inputs["old_per_token_logps"]).exp()
-    coefficient = torch.where(is_demonstration, (prob + 0.2 * logps).clamp(-0.6, -0.5), ratio**0.25)
-    assert ((coefficient - 1).abs() > 1e-4)[mask.bool() & ~is_demonstration].any()
-    weight = torch.where(is_demonstration, 3.0, 0.5)
-    row_advantages = (inputs["advantages"] / weight)[:, 0]
-    assert all(min(abs(a - t) for t in table) < 1e-6 for a in row_advantages.tolist())
-    expected = -(coefficient * inputs["advantages"] * mask * (prob <= 0.1)).sum() / (4 * 16)
-    assert loss == pytest.approx(expected.item(), abs=1e-7)
+    table = pd.read_parquet(sorted((tmp_path / "completions").glob("*.parquet"))[-1])
+    inputs, total, ratios = micro_batches[1], 0.0, []
+    assert inputs["demonstration_mask"].any(1).sum() == 2
+    for row in range(4):
+        ids, row_advantages = tiny.sequence(inputs, row)[1], inputs["advantages"][row]
+        prob, ratio = logps[1][row].exp(), (logps[1][row] - inputs["old_per_token_logps"][row, : len(ids)]).exp()
+        if inputs["demonstration_mask"][row].any():
+            weight, coefficient = 3.0, (prob + 0.2 * logps[1][row]).clamp(-0.6, -0.5)
+        else:
+            weight, coefficient = 0.5, ratio**0.25
+            ratios.append(ratio)
+        assert (table.advantage - row_advantages[0].item() / weight).abs().min() < 1e-6
+        total -= (coefficient * row_advantages[: len(ids)] * (prob <= 0.1)).sum().item()
+    assert (torch.cat(ratios) - 1).abs().max() > 1e-3
+    assert losses[1].item() == pytest.approx(total / (4 * 16), abs=1e-7)
 
 
 def test_demonstration_probability(model_path, tmp_path):
@@ -608,7 +594,7 @@ def test_partial_demonstrations(model_path, tmp_path):
         ),
         Dataset.from_list([{"prompt": "1+1=", "demonstrations": ["ABCDEFG", "1234567"]}]),
     )
-    outputs = record_generation_batches(trainer)
+    batches = tiny.record_batches(trainer)
     seen, generate = [], trainer.model.generate
 
     def recording(*args, **kwargs):
@@ -619,7 +605,7 @@ def test_partial_demonstrations(model_path, tmp_path):
 
     trainer.model.generate = recording
     trainer.train()
-    (output,), ((*prompts,),) = outputs, seen
+    ((_, output),), ((*prompts,),) = batches, seen
     tokenizer = tiny.make_tokenizer()
     # 8 tokens with the EOS: half of them is 4, three quarters are 6
     assert [tokenizer.decode(ids) for ids in prompts] == ["1+1=ABCD", "1+1=123456", "1+1=", "1+1="]
@@ -640,36 +626,6 @@ def test_partial_demonstrations(model_path, tmp_path):
     assert log["demonstrations/length"] == 5
     table = pd.read_parquet(tmp_path / "completions" / "completions_00001.parquet")
     assert table.source.tolist() == ["prefix", "prefix", "rollout", "rollout"]
-
-
-@pytest.mark.parametrize("shape", [(1,), (16,)])
-def test_the_sampler_correction_leaves_demonstration_tokens_alone(model_path, tmp_path, shape):
-    """vLLM's importance-sampling ratio, made up here as there is no vLLM: of a sequence or of a token."""
-    args = tiny.make_args(tmp_path, prefix_ratio_min=0.5, prefix_ratio_max=0.5)
-    trainer = LuffyTrainer(
-        model_path, tiny.share_of_digits, args, Dataset.from_list(tiny.addition_rows(1, lambda i: ["ABCDEF7"]))
-    )
-    ratio = torch.tensor([0.0, 0.5, 2.0, 1.0]).view(4, 1).repeat(1, *shape)
-    compute_loss = trainer._compute_loss
-    losses = []
-
-    def corrected(model, inputs):
-        loss = compute_loss(
-            model, {**inputs, "importance_sampling_ratio": ratio[:, : inputs["completion_ids"].size(1)]}
-        )
-        mask, is_demonstration = inputs["completion_mask"], inputs["demonstration_mask"]
-        prob = logps_and_entropies(trainer, model, inputs)[0].exp()
-        coefficient = torch.where(is_demonstration, prob / (prob + 0.1), ratio[:, :1])
-        expected = -(coefficient * inputs["advantages"].unsqueeze(1) * mask).sum() / (4 * 16)
-        losses.append((loss.item(), expected.item(), int(is_demonstration.sum())))
-        return loss
-
-    trainer._compute_loss = corrected
-    # rows are shuffled before the loss; in this order the ratios belong to a row each all the same
-    trainer.train()
-    ((loss, expected, num_demonstration_tokens),) = losses
-    assert num_demonstration_tokens == 4
-    assert loss == pytest.approx(expected, abs=1e-7) and loss != 0
 
 
 @pytest.mark.parametrize("is_length_aware", [True, False])
@@ -693,8 +649,7 @@ def test_rl_with_sft_loss(model_path, tmp_path, loss_type, is_length_aware):
         Dataset.from_list(tiny.addition_rows(2, lambda i: ["A7" + "B" * 3 * i])),
         callbacks=[gradients],
     )
-    micro_batches, compute_loss = [], trainer._compute_loss
-    trainer._compute_loss = lambda model, inputs: micro_batches.append(inputs) or compute_loss(model, inputs)
+    micro_batches = tiny.record_micro_batches(trainer)
     trainer.train()
 
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
@@ -740,8 +695,7 @@ def test_chord(model_path, tmp_path):
         Dataset.from_list(tiny.addition_rows(2, lambda i: ["A7" + "B" * 3 * i])),
         callbacks=[gradients],
     )
-    batches, compute_loss = [], trainer._compute_loss
-    trainer._compute_loss = lambda model, inputs: batches.append(inputs) or compute_loss(model, inputs)
+    batches = tiny.record_micro_batches(trainer)
     trainer.train()
     assert [log["sft_loss_coef"] for log in trainer.state.log_history[:5]] == pytest.approx([0, 0.4, 0.8, 0.5, 0.2])
 
@@ -807,7 +761,7 @@ def test_only_failed_groups_get_demonstrations(model_path, tmp_path, is_chat):
         ),
         Dataset.from_list(rows),
     )
-    outputs = record_generation_batches(trainer)
+    batches = tiny.record_batches(trainer)
     generated = tiny.count_generated_rows(trainer.model)
     trainer.train()
 
@@ -832,7 +786,7 @@ def test_only_failed_groups_get_demonstrations(model_path, tmp_path, is_chat):
     assert tables.seen_as.tolist() == [f"{t!r} for {a}" for t, a in zip(texts, tables.answer, strict=True)]
 
     # the tokens are those of the traces, and the loss knows them for demonstrations
-    (output,) = outputs
+    ((_, output),) = batches
     tokenizer = tiny.make_tokenizer()
     shown = output["completion_ids"][output["demonstration_mask"].any(1)]
     assert sorted(tokenizer.batch_decode(shown, skip_special_tokens=True)) == [
@@ -864,20 +818,20 @@ def test_a_failed_group_continues_prefixes(model_path, tmp_path):
         ),
         Dataset.from_list(tiny.addition_rows(2, lambda i: ["ABCDEFG"])),
     )
-    outputs = record_generation_batches(trainer)
+    batches = tiny.record_batches(trainer)
     generated = tiny.count_generated_rows(trainer.model)
     trainer.train()
     assert generated == [8, 2]
-    (output,) = outputs
+    ((_, output),) = batches
     assert sorted(output["demonstration_mask"].sum(1).tolist()) == [0] * 6 + [4, 4]
     texts = tiny.make_tokenizer().batch_decode(output["completion_ids"][output["demonstration_mask"].any(1)])
     assert all(text.startswith("ABCD") and len(text) > 4 for text in texts)
     assert output["completion_mask"].sum(1).max() <= 10
 
 
-def test_groups_of_two_processes_fail_apart(tmp_path):
+def test_groups_of_two_processes_fail_apart(two_processes):
     """A group of four lies on two processes; one of them replaces two rows in one step, and the other none."""
-    ranks = tiny.launch("on_failure", tmp_path)
+    ranks = two_processes[1]["on_failure"]
     first, second = ranks
     assert first["generated"] == second["generated"] == [2, 2]  # two rows each, in both steps
     # Only the failing group shows its demonstrations, which are in slots 0 and 1 and thus on the first process
@@ -886,7 +840,8 @@ def test_groups_of_two_processes_fail_apart(tmp_path):
     (failed,) = [log for log in first["log_history"] if log.get("reward") == 0.0]
     (good,) = [log for log in first["log_history"] if log.get("reward", 0.0) > 0.0]
     assert failed["demonstrations/reward"] == 1.0 and "demonstrations/reward" not in good
-    assert sorted(map(tuple, first["advantages"])) == [(-0.5, -0.5, 0.5, 0.5), (0.0, 0.0, 0.0, 0.0)]
+    advantages = [own + others for own, others in zip(first["advantages"], second["advantages"], strict=True)]
+    assert sorted(advantages) == [[0.0, 0.0, 0.0, 0.0], [0.5, 0.5, -0.5, -0.5]]
 
 
 # ---------------------------------------------------------------------------------------------- metrics
@@ -902,16 +857,9 @@ def test_metrics_describe_rollouts_beside_demonstrations(model_path, tmp_path):
         ),
         Dataset.from_list(tiny.addition_rows(2)),
     )
-    outputs = record_generation_batches(trainer)
-    micro_batches, compute_loss = [], trainer._compute_loss
-
-    def recording(model, inputs):
-        micro_batches.append((inputs, *logps_and_entropies(trainer, model, inputs)))
-        return compute_loss(model, inputs)
-
-    trainer._compute_loss = recording
+    batches = tiny.record_batches(trainer)
     trainer.train()
-    (output,), log = outputs, trainer.state.log_history[0]
+    ((_, output),), log = batches, trainer.state.log_history[0]
     approx = pytest.approx
     demonstrations = output["demonstration_mask"].any(1)
     lengths = output["completion_mask"].sum(1)
@@ -929,11 +877,15 @@ def test_metrics_describe_rollouts_beside_demonstrations(model_path, tmp_path):
     assert log["demonstrations/fraction"] == approx(fraction.item())
 
     probs, advantages, entropies = [], [], []
-    for inputs, logps, entropy in micro_batches:
-        where = inputs["demonstration_mask"]
-        probs.append(logps.exp()[where])
-        advantages.append(inputs["advantages"].unsqueeze(1).expand_as(logps)[where])
-        entropies.append(entropy[inputs["completion_mask"].bool() & ~where])
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    for row, is_shown in enumerate(demonstrations.tolist()):
+        with torch.no_grad():
+            logps, entropy = tiny.logps_and_entropies(model, *tiny.sequence(output, row))
+        if is_shown:
+            probs.append(logps.exp())
+            advantages.append(output["advantages"][row].expand_as(logps))
+        else:
+            entropies.append(entropy)
     probs, advantages = torch.cat(probs), torch.cat(advantages)
     ratios = probs / (probs + 0.1)
     assert log["demonstrations/prob"] == approx(probs.mean().item(), rel=1e-5)
@@ -1014,9 +966,10 @@ def test_dropped_traces_are_counted(model_path, tmp_path):
     assert generated == [4 + 3]
 
 
-def test_metrics_of_processes_without_rollouts(tmp_path):
+def test_metrics_of_processes_without_rollouts(two_processes):
     """Rank 0 sees demonstrations alone, rank 1 rollouts alone."""
-    first, second = tiny.launch("metrics", tmp_path)
+    folder, runs = two_processes
+    first, second = runs["metrics"]
     for log in first["log_history"][:-1]:
         assert all(value is not None and not math.isnan(value) for value in log.values())
         assert log["reward"] == 0 and log["demonstrations/reward"] == 1
@@ -1024,7 +977,8 @@ def test_metrics_of_processes_without_rollouts(tmp_path):
         assert log["completions/max_length"] <= 16
         assert 0 < log["demonstrations/prob"] < 1
         assert log["entropy"] > 0
-    assert first["source"] == ["demonstration", "demonstration", "rollout", "rollout"]
+    table = pd.read_parquet(folder / "metrics" / "out" / "completions" / "completions_00002.parquet")
+    assert table.source.tolist() == ["demonstration", "demonstration", "rollout", "rollout"]
 
 
 # ---------------------------------------------------------------------------------------------- what TRL users expect
@@ -1086,7 +1040,7 @@ def test_lora(model_path, tmp_path):
     assert trainer.state.log_history[0]["demonstrations/length"] == 3
 
 
-def test_a_lost_server_is_named(model_path, tmp_path):
+def test_a_lost_server_is_named(model_path, tmp_path, monkeypatch):
     """vLLM is not installed here: what its client raises is made up, and `test_vllm.py` kills a real server."""
     dataset = Dataset.from_list(tiny.addition_rows(2))
     trainer = LuffyTrainer(model_path, tiny.share_of_digits, tiny.make_args(tmp_path), dataset)
@@ -1095,11 +1049,9 @@ def test_a_lost_server_is_named(model_path, tmp_path):
     def refuse(*args):
         raise error
 
-    trainer._continue = refuse
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", refuse)
     with pytest.raises(ConnectionError):  # not what a server has to do with
         trainer.train()
-    del trainer._continue
-    trainer._sample_with_vllm = refuse
     trainer.use_vllm, trainer.vllm_mode = True, "server"
     with pytest.raises(RuntimeError, match=r"lost while completions for update 1 .*\(Connection refused\). Start it"):
         trainer.train()
@@ -1132,10 +1084,10 @@ def test_what_is_not_finite_does_not_reach_the_weights(model_path, tmp_path, cau
     options = tiny.PLAIN_GRPO if plain else {}
     args = tiny.make_args(tmp_path, max_steps=3, save_strategy="steps", save_steps=1, **options)
     trainer = LuffyTrainer(model_path, tiny.share_of_digits, args, Dataset.from_list(tiny.addition_rows(4)))
-    compute_loss, weights = trainer._compute_loss, {}
+    compute_loss, weights = trainer.compute_loss, {}
 
-    def poisoned(model, inputs):
-        loss = compute_loss(model, inputs)
+    def poisoned(model, *args, **kwargs):
+        loss = compute_loss(model, *args, **kwargs)
         if trainer.state.global_step == 1:
             weights.update({name: p.detach().clone() for name, p in model.named_parameters()})
             if cause == "loss":
@@ -1143,7 +1095,7 @@ def test_what_is_not_finite_does_not_reach_the_weights(model_path, tmp_path, cau
             next(model.parameters()).register_hook(lambda gradient: gradient + torch.inf)
         return loss
 
-    trainer._compute_loss = poisoned
+    trainer.compute_loss = poisoned
     with pytest.raises(FloatingPointError, match=r"The gradient of update 2 is (nan|inf)\. Training stops before"):
         trainer.train()
     assert weights and all(torch.equal(p, weights[name]) for name, p in trainer.model.named_parameters())
@@ -1243,7 +1195,7 @@ def test_the_end_of_turn_without_a_generation_config(tmp_path):
     rows = [{"prompt": [{"role": "user", "content": "1"}], "demonstrations": ["2"]}]
     trainer = LuffyTrainer(path, tiny.share_of_digits, tiny.make_args(tmp_path / "out"), Dataset.from_list(rows))
     end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert trainer.method.sources[0]._traces[0]["demonstration_ids"][0][-1] == end_of_turn
+    assert tiny.trace_ids(trainer)[0][0][-1] == end_of_turn
     assert trainer.eos_token_ids == [tokenizer.eos_token_id, end_of_turn]
 
 

@@ -25,6 +25,7 @@ from luffy_trl.groups import Caches, Demonstration, MixedBatch
 from luffy_trl.losses import (
     CrossEntropy,
     Denominators,
+    KLPenalty,
     Objective,
     PolicyGradient,
     Shaping,
@@ -37,8 +38,8 @@ from luffy_trl.methods.oapl import OAPL, optimal_advantages
 from luffy_trl.methods.rl_plus import RLPlus
 from luffy_trl.methods.srft import SRFT, SRFTCrossEntropy
 from luffy_trl.sources.dataset import SCHEDULES, prefix_ratio
-from luffy_trl.sources.hints import HintSource
-from luffy_trl.sources.replay import Problem, ReplaySource
+from luffy_trl.sources.hints import with_hint
+from luffy_trl.sources.replay import Problem, ReplaySource, draw_problems
 
 
 REFERENCE = np.load(Path(__file__).parent / "data" / "methods_reference.npz")
@@ -185,6 +186,91 @@ def test_cross_entropy_divided_as_the_policy_gradient():
     torch.testing.assert_close(loss, expected)
 
 
+@pytest.mark.parametrize("bias_correction", [True, False])
+def test_the_penalty_of_a_demonstration_is_not_corrected(bias_correction):
+    """It is no sample of the old policy: the ratio that weights rollouts has no meaning for it."""
+    tokens = random_tokens(ref_logps=torch.full((3, 5), -1.3, dtype=torch.float64))
+    loss, stats = KLPenalty(0.4, bias_correction)(tokens, 0)
+    difference = -1.3 - tokens.logps
+    kl = difference.exp() - difference - 1
+    ratio = (tokens.logps - tokens.old_logps).exp()
+    ratio[0] = 1.0
+    torch.testing.assert_close(loss, 0.4 * kl * (ratio if bias_correction else 1.0))
+    torch.testing.assert_close(stats["kl"], loss.detach() / 0.4)
+
+
+def test_interpolated_cross_entropy_takes_its_share_from_the_rest():
+    """mu SFT + (1 - mu) GRPO where the weight has decayed to 0.3."""
+    tokens = random_tokens()
+    cross_entropy = CrossEntropy(0.8, minimum=0.3, decay_steps=2, interpolate=True)
+    terms = (PolicyGradient(on="rollouts"), cross_entropy)
+    loss, divisor, stats = Objective(terms, "dr_grpo")(tokens, denominators_of(tokens, 2.0), 7, step=5)
+    policy, _ = PolicyGradient(on="rollouts")(tokens, 0)
+    # The cross-entropy is a mean over the optimizer step, the policy gradient one of two means
+    expected = 0.7 * policy.sum() / (3 * 7) / 2 - 0.3 * tokens.logps[0].mean()
+    torch.testing.assert_close(loss / divisor, expected)
+    assert stats["sft_loss_coef"] == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("num_demonstrations", [0, 2])
+def test_options_of_the_loss_reach_it(tmp_path, num_demonstrations):
+    """The loss put together by hand from the log-probs, for options that are all set."""
+    options = {"policy_shaping": "regularized"}
+    if num_demonstrations:
+        options = {"policy_shaping": "linear_log", "policy_shaping_weight": 0.2}
+        options |= {"demonstration_ratio_min": -0.6, "demonstration_ratio_max": -0.5}
+        options |= {"demonstration_advantage_weight": 3.0}
+    args = tiny.make_args(
+        tmp_path,
+        num_demonstrations=num_demonstrations,
+        on_policy_shaping="power",
+        on_policy_shaping_power=0.25,
+        rollout_advantage_weight=0.5,
+        max_token_prob=0.3,
+        **options,
+    )
+    method, tokens = Method.from_args(args), random_tokens()
+    if not num_demonstrations:
+        tokens = random_tokens(demonstration_mask=torch.zeros(3, 5, dtype=torch.bool))
+    output = {"demonstration_mask": tokens.demonstration_mask, "advantages": tokens.advantages}
+    method.finish(make_batch([0, 0])[0], output)
+    weight = torch.where(tokens.demonstration_mask, 3.0, 0.5)
+    assert torch.equal(output["advantages"], tokens.advantages[:, None] * weight)
+
+    tokens.advantages = output["advantages"]
+    loss, divisor, _ = method.objective(tokens, denominators_of(tokens, 2.0), 16, step=0)
+    prob, ratio = tokens.logps.exp(), (tokens.logps - tokens.old_logps).exp()
+    shaped = (prob + 0.2 * tokens.logps).clamp(-0.6, -0.5)
+    coefficient = torch.where(tokens.demonstration_mask, shaped, ratio**0.25)
+    is_kept = tokens.mask * (prob <= 0.3)
+    assert 0 < is_kept.sum() < tokens.mask.sum() and divisor == 2.0
+    torch.testing.assert_close(loss, -(coefficient * tokens.advantages * is_kept).sum() / (3 * 16))
+
+
+@pytest.mark.parametrize("shape", [(1,), (5,)])
+def test_the_sampler_correction_leaves_demonstration_tokens_alone(tmp_path, shape):
+    """TRL's ratio for another sampler, of a sequence or of a token, beside a prefix that the policy has continued."""
+    tokens = random_tokens()
+    tokens.demonstration_mask[0, 3:] = False
+    inputs = {
+        "completion_mask": tokens.mask,
+        "old_per_token_logps": tokens.old_logps,
+        "demonstration_mask": tokens.demonstration_mask,
+        "num_demonstration_tokens": tokens.demonstration_mask.sum(),
+        "advantages": tokens.advantages,
+        "importance_sampling_ratio": torch.tensor([0.0, 0.5, 2.0]).view(3, 1).repeat(1, *shape),
+    }
+    objective = Method.from_args(tiny.make_args(tmp_path, prefix_ratio_min=0.5, prefix_ratio_max=0.5)).objective
+    corrected = TokenBatch.from_inputs(inputs, tokens.logps, tokens.entropies)
+    loss, _, _ = objective(corrected, denominators_of(tokens), 16, step=0)
+    prob, ratio = tokens.logps.exp(), (tokens.logps - tokens.old_logps).exp()
+    ratio = ratio * torch.tensor([0.0, 0.5, 2.0])[:, None]
+    coefficient = torch.where(tokens.demonstration_mask, prob / (prob + 0.1), ratio)
+    expected = -(coefficient * tokens.advantages[:, None] * tokens.mask).sum() / (3 * 16)
+    torch.testing.assert_close(loss, expected)
+    assert loss != 0
+
+
 def make_trainer(tmp_path, reward=None, rows=4, **options):
     path = tiny.save_tiny_model(tmp_path / "model")
     data = Dataset.from_list(rows if isinstance(rows, list) else tiny.addition_rows(rows))
@@ -236,22 +322,10 @@ def test_a_step(tmp_path, options):
     assert any(not torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
 
 
-def record_losses(trainer):
-    """What the loss of each micro-batch is computed from, in a list that it returns."""
-    recorded, compute = [], trainer._compute_loss
-
-    def recording(model, inputs):
-        recorded.append({name: value.clone() if torch.is_tensor(value) else value for name, value in inputs.items()})
-        return compute(model, inputs)
-
-    trainer._compute_loss = recording
-    return recorded
-
-
 def test_the_old_log_probs_of_demonstrations(tmp_path):
     """RL-PLUS reads them; the second update of a generation batch has others than the policy."""
     trainer = make_trainer(tmp_path, objective="rl_plus", gradient_accumulation_steps=1, steps_per_generation=2)
-    recorded = record_losses(trainer)
+    recorded = tiny.record_micro_batches(trainer)
     trainer.train()
     (inputs,) = recorded
     shown = inputs["demonstration_mask"] & inputs["completion_mask"].bool()
@@ -290,27 +364,23 @@ def test_failed_groups_learn_from_their_trace_alone(tmp_path):
 def logps_and_entropy(model, prompt, ids):
     """Log-probs of the tokens of a completion, and their mean entropy, one sequence at a time."""
     with torch.no_grad():
-        logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-    return logits.gather(1, torch.tensor(ids)[:, None])[:, 0], -(logits.exp() * logits).sum(1).mean().item()
+        logps, entropies = tiny.logps_and_entropies(model, prompt, ids)
+    return logps, entropies.mean().item()
 
 
 def record_batches(trainer):
     """Of each generation batch: itself, and prompt ids, completion ids, log-probs and pi_phi of each row."""
-    seen, finish = [], trainer.method.finish
 
-    def recording(batch, output):
-        finish(batch, output)
+    def describe(batch, output):
         rows = []
         for i in range(len(batch.rows)):
-            prompt = output["prompt_ids"][i][output["prompt_mask"][i].bool()].tolist()
-            ids = output["completion_ids"][i][output["completion_mask"][i].bool()].tolist()
+            prompt, ids = (part.tolist() for part in tiny.sequence(output, i))
             behavior = output["behavior_logps"][i][: len(ids)] if "behavior_logps" in output else None
             rows.append((prompt, tuple(ids), logps_and_entropy(trainer.model, prompt, ids)[0], behavior))
         batch.advantages = output["advantages"].clone()
-        seen.append((batch, rows))
+        return batch, rows
 
-    object.__setattr__(trainer.method, "finish", recording)
-    return seen
+    return tiny.record_batches(trainer, describe)
 
 
 def test_replays_are_own_successes(tmp_path):
@@ -354,7 +424,7 @@ def test_the_success_of_lowest_entropy_is_replayed(tmp_path):
         rtol=0,
     )
     source.problems["p"] = Problem({"prompt": "0+1="}, prompt, 1, [str(i) for i in range(4)])
-    batch = MixedBatch([{}], 4, trainer.accelerator, Caches(), policy=trainer)
+    batch = MixedBatch([{}] * 8, 4, trainer.accelerator, Caches(), policy=trainer)
     for choice, costs in (("entropy", [e for _, e in measured]), ("logp", [0.1, 0.3, 0.2, 0.5])):
         source.args.replay_choice = choice
         source.successes = {
@@ -362,19 +432,18 @@ def test_the_success_of_lowest_entropy_is_replayed(tmp_path):
             for i, (sequence, cost) in enumerate(zip(ids, costs, strict=True))
         }
         best = min(range(4), key=costs.__getitem__)
-        assert source._choose(["p"], batch)["p"].ids == ids[best]
+        slots = source.open_slots(batch, 0, [None] * 8, [True] * 8)
+        assert [slot.ids for slot in slots if slot] == [ids[best]]
 
 
-def test_problems_are_drawn_by_how_often_they_were_solved(tmp_path):
-    source = ReplaySource(tiny.make_args(tmp_path, per_device_train_batch_size=8, **REPLAY))
-    for number in range(30):
-        source.problems[str(number)] = Problem({}, [], num_solved=number % 3 + 1)
+def test_problems_are_drawn_by_how_often_they_were_solved():
+    problems = {str(number): Problem({}, [], num_solved=number % 3 + 1) for number in range(30)}
     rng = random.Random(0)
-    counts = Counter(int(key) % 3 + 1 for _ in range(4000) for key in source._draw(1, rng))
+    counts = Counter(int(key) % 3 + 1 for _ in range(4000) for key in draw_problems(problems, 1, 4, rng))
     weights = {k: math.exp(-((k - 2) ** 2) / 2) for k in (1, 2, 3)}
     for k, weight in weights.items():
         assert counts[k] / 4000 == pytest.approx(weight / sum(weights.values()), abs=0.03)
-    assert sorted(source._draw(30, rng), key=int) == [str(number) for number in range(30)]  # each once
+    assert sorted(draw_problems(problems, 30, 4, rng), key=int) == list(problems)  # each once
 
 
 def make_batch(num_solved, num_rows=8, demonstrations=0):
@@ -427,6 +496,20 @@ def test_what_is_collected_and_retired(tmp_path):
     other.has_started = True
     other.observe(*make_batch([1, 4], demonstrations=1))
     assert not other.successes and len(other.retired) == 1
+
+
+@pytest.mark.parametrize(("num_solved", "place"), [([1, 4, 0, 0], 1), ([1, 0, 0, 0], 3)])
+def test_a_replay_takes_the_group_of_a_retired_problem_or_the_last(tmp_path, num_solved, place):
+    """Its own problem is not in the batch; the second problem of the first batch is, as the second."""
+    options = {**REPLAY, "per_device_train_batch_size": 16, "replay_choice": "logp"}
+    source = ReplaySource(tiny.make_args(tmp_path, **options))
+    source.observe(*make_batch(num_solved, num_rows=16))
+    batch, *_ = make_batch([0] * 4, num_rows=16)
+    prompts = ["7", "1", "8", "9"]
+    batch.rows = [{"prompt": prompts[i // 4], "answer": None} for i in range(16)]
+    slots = source.open_slots(batch, 1, [None] * 16, [True] * 16)
+    assert [i for i, slot in enumerate(slots) if slot] == [4 * place]
+    assert [row["prompt"] for row in batch.rows[::4]] == ["0" if i == place else prompts[i] for i in range(4)]
 
 
 def _saved(state, folder):
@@ -485,10 +568,9 @@ def test_a_stream_without_log_probs(tmp_path):
         trainer.train()
 
 
-def test_large_groups_are_drawn_too(tmp_path):
-    source = ReplaySource(tiny.make_args(tmp_path, num_generations=90, per_device_train_batch_size=180, **REPLAY))
-    source.problems = {"a": Problem({}, [], num_solved=1), "b": Problem({}, [], num_solved=89)}
-    assert sorted(source._draw(2, random.Random(0))) == ["a", "b"]
+def test_large_groups_are_drawn_too():
+    problems = {"a": Problem({}, [], num_solved=1), "b": Problem({}, [], num_solved=89)}
+    assert sorted(draw_problems(problems, 2, 90, random.Random(0))) == ["a", "b"]
 
 
 def test_what_is_forgotten_leaves_the_caches(tmp_path):
@@ -508,8 +590,8 @@ def test_every_parameter_of_a_shaping_is_an_option(tmp_path):
     for name in (f.name for f in fields(Shaping) if f.name != "kind"):
         for prefix, attribute in (("policy_shaping", "shaping"), ("on_policy_shaping", "on_policy_shaping")):
             option = f"{prefix}_{name}"
-            assert option in config_rules._PARAMETERS
-            kind = config_rules._PARAMETERS[option][1][0]
+            assert option in config_rules.PARAMETERS
+            kind = config_rules.PARAMETERS[option][1][0]
             args = tiny.make_args(tmp_path, **{prefix: kind, option: 0.25})
             (term,) = Method.from_args(args).objective.terms
             assert getattr(getattr(term, attribute), name) == 0.25
@@ -519,7 +601,7 @@ def test_every_parameter_of_a_shaping_is_an_option(tmp_path):
 
 
 def test_every_schedule_has_its_steps():
-    assert set(config_rules._PARAMETERS["prefix_schedule_steps"][1]) == {*SCHEDULES, "random_cosine"}
+    assert set(config_rules.PARAMETERS["prefix_schedule_steps"][1]) == {*SCHEDULES, "random_cosine"}
 
 
 def test_traces_are_shown_for_some_updates(tmp_path):
@@ -611,8 +693,8 @@ def hinted_run(tmp_path, monkeypatch, helps, placement="prompt", **options):
     return trainer, batch, sequences, sampled, scored
 
 
-@pytest.mark.parametrize("placement", ["prompt", "plain"])
-def test_the_success_with_the_weakest_hint_enters_the_group(tmp_path, monkeypatch, placement):
+def helps_one_group():
+    """Of the two groups, the first one that is sampled succeeds under h1 and h2."""
     first = None
 
     def helps(text):
@@ -621,6 +703,17 @@ def test_the_success_with_the_weakest_hint_enters_the_group(tmp_path, monkeypatc
         first = first or prompt
         return prompt == first and hint in ("h1", "h2")
 
+    return helps
+
+
+def test_a_group_that_was_helped_is_not_shown_its_trace(tmp_path, monkeypatch):
+    _, batch, *_ = hinted_run(tmp_path, monkeypatch, helps_one_group(), num_demonstrations=1)
+    assert batch.sources == ["rollout", "hinted", "rollout", "rollout", "demonstration", *["rollout"] * 3]
+
+
+@pytest.mark.parametrize("placement", ["prompt", "plain"])
+def test_the_success_with_the_weakest_hint_enters_the_group(tmp_path, monkeypatch, placement):
+    helps = helps_one_group()
     trainer, batch, sequences, sampled, scored = hinted_run(tmp_path, monkeypatch, helps, placement)
     tokenizer = trainer.processing_class
     assert len(sampled) == 2 and all("Hint" not in text for text in sampled[0])
@@ -632,6 +725,7 @@ def test_the_success_with_the_weakest_hint_enters_the_group(tmp_path, monkeypatc
     assert scored.count("good") == 3  # once each
     assert batch.rewards[:, 0].tolist() == [0, 1, 0, 0, 0, 0, 0, 0]
     assert batch.rollout_rewards[:, 0].tolist() == [0] * 8
+    assert [scores[0] for scores in batch.scores] == batch.rewards[:, 0].tolist()  # not those of tries in vain
     assert batch.advantages.tolist() == [-0.25, 0.75, -0.25, -0.25, 0, 0, 0, 0]
     for i, (prompt, ids, *_) in enumerate(sequences):
         plain = batch.rows[i]["prompt"]
@@ -673,17 +767,15 @@ def test_hints_wait(tmp_path):
 
 def test_columns_of_a_reward_after_hints_in_vain(tmp_path, monkeypatch):
     """What a reward function logs of a try that is not kept is not shown beside another completion."""
-    logged = []
 
     def reward(completions, log_extra, **kwargs):
         log_extra("text", list(completions))
         return [0.0] * len(completions)
 
     trainer = make_trainer(tmp_path, reward, hint_rows(), **HINTED, num_demonstrations=0)
-    finish = trainer.method.finish
-    object.__setattr__(trainer.method, "finish", lambda batch, out: (finish(batch, out), logged.append((batch, out))))
+    batches = tiny.record_batches(trainer)
     trainer.train()
-    ((batch, output),) = logged
+    ((batch, output),) = batches
     texts = trainer.processing_class.batch_decode(output["completion_ids"], skip_special_tokens=True)
     assert batch.extra_logs["text"] == texts and batch.metrics == {"hints/helped": 0.0}
 
@@ -696,7 +788,6 @@ def test_hints_that_cannot_be_used(tmp_path):
         make_trainer(tmp_path, lambda completions, **kwargs: [0.0] * len(completions), rows, **HINTED).train()
 
 
-def test_hints_in_chat_prompts(tmp_path):
-    source = HintSource(tiny.make_args(tmp_path, **HINTED, hint_template="{hint}: {prompt}"))
+def test_hints_in_chat_prompts():
     chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "{x}"}]
-    assert source._with_hint(chat, "h") == [chat[0], {"role": "user", "content": "h: {x}"}]
+    assert with_hint(chat, "h", "{hint}: {prompt}") == [chat[0], {"role": "user", "content": "h: {x}"}]

@@ -84,8 +84,8 @@ def test_completions_begin_with_what_is_given(model_path, tmp_path):
 def test_a_number_that_is_not_finite(model_path, tmp_path):
     trainer = make_trainer(SafeTrainer, model_path, tmp_path)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    compute_loss = trainer._compute_loss
-    trainer._compute_loss = lambda model, inputs: compute_loss(model, inputs) * torch.inf
+    compute_loss = trainer.compute_loss
+    trainer.compute_loss = lambda *args, **kwargs: compute_loss(*args, **kwargs) * torch.inf
     with pytest.raises(FloatingPointError, match="The gradient of update 1 is nan"):
         trainer.train()
     assert_equal(trainer.model.state_dict(), before)

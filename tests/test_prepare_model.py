@@ -1,9 +1,6 @@
 # Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -190,7 +187,7 @@ def test_training_on_a_prepared_model(tmp_path, family):
     rows = [{"prompt": QUESTION, "demonstrations": [TRACE], "answer": "2"}] * 4
     args = tiny.make_args(tmp_path / "run", max_completion_length=64)
     trainer = LuffyTrainer(str(tmp_path / "out"), tiny.share_of_digits, args, Dataset.from_list(rows))
-    ids = trainer.method.sources[0]._traces[0]["demonstration_ids"][0]
+    ids = tiny.trace_ids(trainer)[0][0]
     assert tokenizer.decode(ids) == f"{TRACE.removeprefix('<think>' + chr(10))}{tokenizer.eos_token}"
     before = trainer.model.state_dict()
     before = {name: value.clone() for name, value in before.items()}
@@ -265,11 +262,9 @@ def test_positions_of_ones_own(tmp_path):
     assert (config.max_position_embeddings, config.rope_parameters["rope_theta"]) == (4096, 10000.0)
 
 
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, capsys):
     base = save_base_model(tmp_path / "base")
-    command = [sys.executable, "-m", "luffy_trl.prepare_model", "--model_name_or_path", str(base)]
-    command += ["--output_dir", str(tmp_path / "out"), "--rope_theta", "30000"]
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ}, timeout=600)
-    assert result.returncode == 0, result.stderr
-    assert "a turn ends with '<|endoftext|>'" in result.stdout
+    arguments = ["--model_name_or_path", base, "--output_dir", tmp_path / "out", "--rope_theta", "30000"]
+    assert tiny.exit_of("luffy_trl.prepare_model", *arguments) == 0
+    assert "a turn ends with '<|endoftext|>'" in capsys.readouterr().out
     assert AutoConfig.from_pretrained(tmp_path / "out").rope_parameters["rope_theta"] == 30000.0

@@ -75,11 +75,13 @@ def test_the_shipped_model_knows_the_easy_skill_and_not_the_hard_one():
     assert successes("easy", 256) >= 250
 
 
-def test_prepare_uses_the_shipped_model(tmp_path):
-    command = [sys.executable, QUICKSTART / "prepare.py", "--output_dir", tmp_path, "--num_samples", "0"]
-    for where in (QUICKSTART / "checkpoint", tmp_path):  # the second time, what the first one left
-        result = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
-        assert f"The warm model in {where} was made with these settings" in result.stdout
+def test_prepare_uses_the_shipped_model(tmp_path, monkeypatch, capsys):
+    command = [QUICKSTART / "prepare.py", "--output_dir", tmp_path, "--num_samples", "0"]
+    result = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=600, check=True)
+    assert f"The warm model in {QUICKSTART / 'checkpoint'} was made with these settings" in result.stdout
+    monkeypatch.setattr(sys, "argv", [*map(str, command)])
+    prepare.main()  # the second time, what the first one left
+    assert f"The warm model in {tmp_path} was made with these settings" in capsys.readouterr().out
     shipped = (QUICKSTART / "checkpoint" / "model" / "model.safetensors").read_bytes()
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == shipped
     rows = [json.loads(line) for line in (tmp_path / "data" / "train.jsonl").read_text().splitlines()]

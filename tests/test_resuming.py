@@ -2,7 +2,9 @@
 
 """A run that is killed and resumed is the run that nobody has killed."""
 
+import functools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,21 +23,48 @@ def history(folder):
     return [{k: v for k, v in record.items() if "time" not in k and "per_second" not in k} for record in records]
 
 
+KINDS = ("prefixes", "on_failure", "replay")
+FAULTS = ("missing", "broken")
+
+
+@pytest.fixture(scope="module")
+def runs_of(tmp_path_factory):
+    """
+    Two folders, for a number of processes: runs that nobody has killed, and the same runs killed and resumed.
+
+    Of two processes there are also runs that resume with what a process has kept missing, or broken.
+    """
+
+    @functools.cache
+    def of(num_processes):
+        whole, resumed = (tmp_path_factory.mktemp(name) for name in ("whole", "resumed"))
+        tiny.launch_several(whole, {kind: ("resumable", {"kind": kind}) for kind in KINDS}, num_processes)
+        scenarios = {kind: ("resumable", {"kind": kind, "resume": True}) for kind in KINDS}
+        for kind in KINDS:
+            with pytest.raises(AssertionError, match="failed in"):
+                tiny.launch("resumable", resumed / kind, num_processes, kind=kind, kill_at=7)
+            checkpoints = sorted(path.name for path in (resumed / kind / "out").glob("checkpoint-*"))
+            assert checkpoints == ["checkpoint-5"]
+        for fault in FAULTS if num_processes == 2 else ():
+            checkpoint = resumed / fault / "out" / "checkpoint-5"
+            shutil.copytree(whole / "prefixes" / "out" / "checkpoint-5", checkpoint)
+            file = checkpoint / "generation_1.pt"
+            file.unlink() if fault == "missing" else file.write_bytes(file.read_bytes()[:1000])
+            scenarios[fault] = "resumable", {"kind": "prefixes", "resume": True}
+        tiny.launch_several(resumed, scenarios, num_processes)
+        return whole, resumed
+
+    return of
+
+
 @pytest.mark.parametrize("num_processes", [1, 2])
-@pytest.mark.parametrize("kind", ["prefixes", "on_failure", "replay"])
-def test_killed_and_resumed(tmp_path, num_processes, kind):
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_and_resumed(runs_of, num_processes, kind):
     """
     Two updates for each generation and four for each epoch. Killed in the seventh update, the run resumes after the
     fifth: within a generation batch of the second epoch.
     """
-    tiny.launch("resumable", tmp_path / "whole", num_processes, kind=kind)
-    with pytest.raises(AssertionError, match="failed in"):
-        tiny.launch("resumable", tmp_path / "killed", num_processes, kind=kind, kill_at=7)
-    checkpoints = sorted(path.name for path in (tmp_path / "killed" / "out").glob("checkpoint-*"))
-    assert checkpoints == ["checkpoint-5"]
-    tiny.launch("resumable", tmp_path / "killed", num_processes, kind=kind, resume=True)
-
-    whole, killed = tmp_path / "whole" / "out", tmp_path / "killed" / "out"
+    whole, killed = (folder / kind / "out" for folder in runs_of(num_processes))
     assert len(history(whole)) == 10 and history(killed) == history(whole)
     if kind == "replay":
         pools = [torch.load(run / "checkpoint-10" / "kept_by_all.pt")["ReplaySource"] for run in (whole, killed)]
@@ -51,10 +80,26 @@ def test_killed_and_resumed(tmp_path, num_processes, kind):
         assert torch.equal(weights, resumed[name]), name
 
 
-def make_trainer(folder, **kwargs):
+def make_trainer(folder, rows=None, is_stream=False, **kwargs):
     options = {"steps_per_generation": 4, "gradient_accumulation_steps": 1, "save_strategy": "steps", "save_steps": 1}
     args = tiny.make_args(folder / "out", **{**options, **kwargs})
-    return LuffyTrainer(str(folder / "model"), tiny.share_of_digits, args, Dataset.from_list(tiny.addition_rows(8)))
+    dataset = Dataset.from_list(rows or tiny.addition_rows(8))
+    dataset = dataset.to_iterable_dataset() if is_stream else dataset
+    return LuffyTrainer(str(folder / "model"), tiny.share_of_digits, args, dataset)
+
+
+@pytest.fixture(scope="module")
+def train_twice(tmp_path_factory):
+    """Copies a model and two updates of a run into a folder. The second lies within a generation batch."""
+
+    @functools.cache
+    def train(**options):
+        folder = tmp_path_factory.mktemp("trained")
+        tiny.save_tiny_model(folder / "model")
+        make_trainer(folder, max_steps=2, **options).train()
+        return folder
+
+    return lambda folder, **options: shutil.copytree(train(**options), folder, dirs_exist_ok=True)
 
 
 def test_metrics_that_were_not_logged_are_kept(tmp_path):
@@ -74,9 +119,8 @@ def test_metrics_that_were_not_logged_are_kept(tmp_path):
     assert "reward" in whole and "demonstrations/prob" in whole and "entropy" in whole
 
 
-def test_another_batch_size_generates_again(tmp_path, caplog):
-    tiny.save_tiny_model(tmp_path / "model")
-    make_trainer(tmp_path, max_steps=2).train()
+def test_another_batch_size_generates_again(tmp_path, caplog, train_twice):
+    train_twice(tmp_path)
     trainer = make_trainer(tmp_path, max_steps=3, steps_per_generation=3, per_device_train_batch_size=8)
     generated = tiny.count_generated_rows(trainer.model)
     trainer.train(resume_from_checkpoint=True)
@@ -120,27 +164,22 @@ CUTS = [
 
 
 @pytest.mark.parametrize(("before", "after", "name"), CUTS)
-def test_options_of_a_batch_that_change(tmp_path, caplog, before, after, name):
+def test_options_of_a_batch_that_change(tmp_path, caplog, train_twice, before, after, name):
     """What a checkpoint keeps of a generation batch was made under other options, and is made again."""
-    tiny.save_tiny_model(tmp_path / "model")
-    make_trainer(tmp_path, max_steps=2, **before).train()
+    train_twice(tmp_path, **before)
     trainer = make_trainer(tmp_path, max_steps=3, **after)
     generated = tiny.count_generated_rows(trainer.model)
-    passes, compute_loss = [], trainer._compute_loss
-    trainer._compute_loss = lambda model, inputs: (
-        passes.append(len(inputs["prompt_ids"])) or compute_loss(model, inputs)
-    )
+    micro_batches = tiny.record_micro_batches(trainer)
     trainer.train(resume_from_checkpoint=True)
     assert f"it was saved with other values of `{name}`" in caplog.text
     assert sum(generated) == 4 * 3  # a trace for each of four rows
-    assert sum(passes) == 4  # the sequences of one update, once each
+    assert sum(len(inputs["prompt_ids"]) for inputs in micro_batches) == 4  # the sequences of one update, once each
 
 
 @pytest.mark.parametrize("budget", [None, 60])
-def test_a_checkpoint_of_version_0_1(tmp_path, caplog, budget):
+def test_a_checkpoint_of_version_0_1(tmp_path, caplog, train_twice, budget):
     """Its generation batches name six numbers, and no options."""
-    tiny.save_tiny_model(tmp_path / "model")
-    make_trainer(tmp_path, max_steps=2, max_tokens_per_microbatch=budget).train()
+    train_twice(tmp_path, **({"max_tokens_per_microbatch": budget} if budget else {}))
     file = tmp_path / "out" / "checkpoint-2" / "generation_0.pt"
     torch.save({**torch.load(file), "geometry": [1, 4, 1, 4, 1, 4]}, file)
 
@@ -156,9 +195,8 @@ def test_a_checkpoint_of_version_0_1(tmp_path, caplog, budget):
 
 
 @pytest.mark.parametrize("fault", ["a list", "no metrics", "too few batches"])
-def test_a_file_that_no_checkpoint_keeps(tmp_path, caplog, fault):
-    tiny.save_tiny_model(tmp_path / "model")
-    make_trainer(tmp_path, max_steps=2).train()
+def test_a_file_that_no_checkpoint_keeps(tmp_path, caplog, train_twice, fault):
+    train_twice(tmp_path)
     file = tmp_path / "out" / "checkpoint-2" / "generation_0.pt"
     state = torch.load(file)
     if fault == "no metrics":
@@ -173,14 +211,11 @@ def test_a_file_that_no_checkpoint_keeps(tmp_path, caplog, fault):
     assert generated == [12]
 
 
-@pytest.mark.parametrize("fault", ["missing", "broken"])
-def test_a_process_without_its_file(tmp_path, fault):
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_process_without_its_file(runs_of, fault):
     """Both processes generate again, instead of one waiting for the other for ever."""
-    tiny.launch("resumable", tmp_path, 2, kind="prefixes", max_steps=5)
-    file = tmp_path / "out" / "checkpoint-5" / "generation_1.pt"
-    file.unlink() if fault == "missing" else file.write_bytes(file.read_bytes()[:1000])
-    tiny.launch("resumable", tmp_path, 2, kind="prefixes", resume=True)
-    assert len(history(tmp_path / "out")) == 10
+    _, resumed = runs_of(2)
+    assert len(history(resumed / fault / "out")) == 10
 
 
 class Interrupt(BaseException):
@@ -259,35 +294,25 @@ def other_rows(kind):
 
 @pytest.mark.parametrize("is_stream", [False, True])
 @pytest.mark.parametrize("kind", ["fewer rows", "another prompt", "another order", "other traces"])
-def test_another_dataset(tmp_path, caplog, kind, is_stream):
+def test_another_dataset(tmp_path, caplog, train_twice, kind, is_stream):
     """Other prompts are refused, or begun with as the user says; corrected traces of the same prompts are not."""
-    tiny.save_tiny_model(tmp_path / "model")
-
-    def make(rows, **kwargs):
-        options = {"steps_per_generation": 4, "gradient_accumulation_steps": 1, "save_strategy": "steps"}
-        args = tiny.make_args(tmp_path / "out", **options, save_steps=2, **kwargs)
-        dataset = Dataset.from_list(rows)
-        dataset = dataset.to_iterable_dataset() if is_stream else dataset
-        return LuffyTrainer(str(tmp_path / "model"), tiny.share_of_digits, args, dataset)
-
-    make(tiny.addition_rows(8), max_steps=2).train()
-    resumed = make(other_rows(kind), max_steps=3)
+    train_twice(tmp_path, **({"is_stream": True} if is_stream else {}))
+    resumed = make_trainer(tmp_path, other_rows(kind), is_stream, max_steps=3)
     if kind == "other traces":
         resumed.train(resume_from_checkpoint=True)
         assert not caplog.text
         return
     with pytest.raises(ValueError, match="checkpoint-2 was trained on another `train_dataset` .* `ignore_data_skip="):
         resumed.train(resume_from_checkpoint=True)
-    resumed = make(other_rows(kind), max_steps=3, ignore_data_skip=True)
+    resumed = make_trainer(tmp_path, other_rows(kind), is_stream, max_steps=3, ignore_data_skip=True)
     generated = tiny.count_generated_rows(resumed.model)
     resumed.train(resume_from_checkpoint=True)
     assert "it was saved with other values of `train_dataset`. It is generated again" in caplog.text
     assert sum(generated) == 12
 
 
-def test_a_checkpoint_that_does_not_name_its_dataset(tmp_path, caplog):
-    tiny.save_tiny_model(tmp_path / "model")
-    make_trainer(tmp_path, max_steps=2).train()
+def test_a_checkpoint_that_does_not_name_its_dataset(tmp_path, caplog, train_twice):
+    train_twice(tmp_path)
     file = tmp_path / "out" / "checkpoint-2" / "generation_0.pt"
     state = torch.load(file)
     assert state.pop("dataset").startswith("8 rows, digest of prompts ")

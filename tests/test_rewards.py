@@ -9,7 +9,7 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
 from luffy_trl import rewards
-from luffy_trl.grading import WorkerPool, grade
+from luffy_trl.grading import WorkerPool
 from luffy_trl.rewards import math_verify_reward
 
 
@@ -73,14 +73,14 @@ def test_how_an_answer_is_written_does_not_matter():
     """A full stop or a comma at the end, a colour and a size: of every kind of answer, and of the gold answer."""
 
     def graded(texts, golds):
-        return [grade(gold, rewards._find_answers(text, False)) for text, gold in zip(texts, golds, strict=True)]
+        return math_verify_reward(texts, answer=golds)
 
-    all_right = [True] * len(GOLDS)
+    all_right = [1.0] * len(GOLDS)
     for form in FORMS:
         written = [form.replace("%s", gold) for gold in GOLDS]
         assert graded([rf"\boxed{{{answer}}}" for answer in written], GOLDS) == all_right
         others = [*written[1:], written[0]]
-        assert graded([rf"\boxed{{{answer}}}" for answer in others], GOLDS) == [False] * len(GOLDS)
+        assert graded([rf"\boxed{{{answer}}}" for answer in others], GOLDS) == [0.0] * len(GOLDS)
     assert graded([f"So it is \\[ {gold}. \\]" for gold in GOLDS], GOLDS) == all_right
     assert graded([rf"\boxed{{{gold}}}" for gold in GOLDS], [f"{gold}." for gold in GOLDS]) == all_right
 

@@ -58,23 +58,15 @@ def test_reference_log_probs_are_of_the_trace_itself(tmp_path):
         cache_demonstration_ref_logps=True,
     )
     trainer = LuffyTrainer(str(tmp_path / "model"), is_own, args, stream)
-    differences, compute_loss = [], trainer._compute_loss
-
-    def recording(model, inputs):
-        with torch.no_grad():
-            logps, _, _ = trainer._get_per_token_logps_and_entropies(
-                model,
-                torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1),
-                torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
-                inputs["completion_ids"].size(1),
-            )
-        differences.append((logps - inputs["ref_per_token_logps"])[inputs["demonstration_mask"]].abs().max().item())
-        return compute_loss(model, inputs)
-
-    trainer._compute_loss = recording
+    micro_batches, batches = tiny.record_micro_batches(trainer), tiny.record_batches(trainer)
     trainer.train()
-    assert len(differences) == 6 and max(differences) < 1e-4
-    assert len(trainer._caches.ref_logps) == 48
+    assert len(micro_batches) == 6
+    for inputs in micro_batches:
+        for row in inputs["demonstration_mask"].any(1).nonzero().flatten():
+            with torch.no_grad():
+                logps, _ = tiny.logps_and_entropies(trainer.model, *tiny.sequence(inputs, row))
+            torch.testing.assert_close(inputs["ref_per_token_logps"][row, : len(logps)], logps, atol=1e-4, rtol=0)
+    assert len(batches[-1][0].caches.ref_logps) == 48
 
 
 def test_groups_of_two_processes(tmp_path):

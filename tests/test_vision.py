@@ -1,18 +1,16 @@
 # Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
 
-"""Demonstrations after prompts with images: two architectures whose tensors of images are laid out in different ways."""
+"""Demonstrations after prompts with images: two architectures with unlike tensors of images."""
 
 import pytest
 import tiny
 import tiny_vision
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
 from test_acting import capture
 from trl import GRPOConfig, GRPOTrainer
 
 from luffy_trl import LuffyConfig, LuffyTrainer
-from luffy_trl.demonstrations import tokenize_demonstrations
 
 
 MAKERS = [tiny_vision.make_qwen, tiny_vision.make_llava]

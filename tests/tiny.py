@@ -4,14 +4,19 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from luffy_trl import LuffyConfig
+from luffy_trl.groups import Caches, MixedBatch
+from luffy_trl.methods import Method
 
 
 CHATML = (
@@ -123,6 +128,61 @@ def count_generated_rows(model):
     return rows
 
 
+def record_micro_batches(trainer):
+    """The inputs of every loss, and the update that it belongs to as `step`, in a list that fills during training."""
+    micro_batches, compute_loss = [], trainer.compute_loss
+
+    def recording(model, inputs, *args, **kwargs):
+        batch = {key: value.clone() for key, value in inputs.items() if value is not None}
+        micro_batches.append({**batch, "step": trainer.state.global_step})
+        return compute_loss(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = recording
+    return micro_batches
+
+
+def record_batches(trainer, describe=lambda batch, output: (batch, dict(output))):
+    """Every generation batch and what TRL has made of it, or another description, in a list that training fills."""
+    recorded = []
+
+    class Recording(Method):
+        def finish(self, batch, output):
+            super().finish(batch, output)
+            recorded.append(describe(batch, output))
+
+    trainer.method = Recording(**{field.name: getattr(trainer.method, field.name) for field in fields(Method)})
+    return recorded
+
+
+def sequence(batch, row):
+    """Prompt ids and completion ids of a row, without padding."""
+    return tuple(batch[f"{part}_ids"][row][batch[f"{part}_mask"][row].bool()] for part in ("prompt", "completion"))
+
+
+def logps_and_entropies(model, prompt_ids, completion_ids):
+    """Log-probs of the tokens of a completion, and the entropies before each: one sequence, without padding."""
+    prompt_ids, completion_ids = torch.as_tensor(prompt_ids), torch.as_tensor(completion_ids)
+    logps = model(torch.cat([prompt_ids, completion_ids])[None]).logits[0, len(prompt_ids) - 1 : -1].log_softmax(-1)
+    return logps.gather(-1, completion_ids[:, None]).squeeze(-1), -(logps.exp() * logps).sum(-1)
+
+
+def trace_ids(trainer):
+    """The tokens of the traces of each row, as the source of a trainer shows them."""
+    rows = list(trainer.train_dataset)
+    batch = MixedBatch(rows, 1, trainer.accelerator, Caches(), inputs=rows)
+    return [row["demonstration_ids"] for row in trainer.method.sources[0].traces_of(batch)]
+
+
+def exit_of(module, *arguments):
+    """What `python -m module` ends with, run in this process: the status, or the line on stderr of status 1."""
+    with patch.object(sys, "argv", [module, *map(str, arguments)]):
+        try:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        except SystemExit as error:
+            return error.code or 0
+    return 0
+
+
 def launch(function, output_dir, num_processes=2, config_file=None, env=None, timeout=900, **scenario):
     """
     Runs a function of `launched.py`, with a scenario as its keyword arguments, under a real `accelerate launch`.
@@ -151,6 +211,22 @@ def launch(function, output_dir, num_processes=2, config_file=None, env=None, ti
     return [
         torch.load(Path(output_dir) / f"{function}_{rank}.pt", weights_only=False) for rank in range(num_processes)
     ]
+
+
+def launch_several(output_dir, scenarios, num_processes=2, **kwargs):
+    """
+    Runs functions of `launched.py` one after the other under one `accelerate launch`, from their names and keyword
+    arguments. Each has a folder of its own, by the name of its scenario.
+
+    Returns, for each scenario, what its function returns, one item per process.
+    """
+    for name in scenarios:
+        model = Path(output_dir) / name / "model"
+        model.parent.mkdir(parents=True, exist_ok=True)
+        if not model.exists():
+            model.symlink_to(Path(output_dir) / "model")
+    ranks = launch("several", output_dir, num_processes, scenarios=scenarios, **kwargs)
+    return {name: [rank[name] for rank in ranks] for name in scenarios}
 
 
 def is_demonstration_text(completions, **kwargs):

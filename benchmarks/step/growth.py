@@ -122,7 +122,7 @@ def measure(num_generations: int, trace_length: int, num_demonstrations: int, nu
         for i in sampled:
             completion_ids[i] += rollout
 
-    trainer._continue = answer
+    trainer.continue_completions = answer
     if num_demonstrations == 0:  # then generation is TRL's
         trainer._generate_single_turn = lambda prompt_ids, *args, **kwargs: ([rollout for _ in prompt_ids], None)
     trainer.remove_callback(PrinterCallback)

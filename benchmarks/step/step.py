@@ -163,7 +163,7 @@ def make_trainer(contender: str, size: str, mix: str, num_updates: int, output_d
             for i in sampled:
                 completion_ids[i] += completion(mix, number_of[tuple(prompt_ids[i])], i % NUM_GENERATIONS)
 
-        trainer._continue = answer
+        trainer.continue_completions = answer
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Stopwatch(seconds))
 

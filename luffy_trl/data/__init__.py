@@ -149,23 +149,7 @@ def without_long_prompts(
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> Dataset | IterableDataset:
     """
-    Leaves out rows whose rendered prompt is too long, and says how many (of a streamed dataset it cannot say).
-
-    Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Rows with `prompt`.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The policy's tokenizer.
-        max_length (`int`):
-            Maximum number of tokens that a prompt may have.
-        chat_template_kwargs (`dict`, *optional*):
-            Passed to the chat template.
-
-    Returns:
-        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: The rows that fit.
-
-    Raises:
-        ValueError: If there is no column `prompt`, or a prompt that is none.
+    Leaves out rows whose rendered prompt has more than `max_length` tokens, and says how many (of a stream it cannot).
     """
 
     check_prompt_column(dataset)

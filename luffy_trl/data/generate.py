@@ -133,11 +133,7 @@ class GenerateArguments(OpenR1Arguments):
 
 class Pace:
     """
-    When a request may start: so many a minute, and none before the endpoint wants to hear from us again.
-
-    Args:
-        requests_per_minute (`float`, *optional*):
-            Maximum number of requests that are started in a minute, evenly spread.
+    When a request may start: evenly spread over a minute, and none before the time that the endpoint has asked for.
     """
 
     def __init__(self, requests_per_minute: float | None = None):
@@ -186,13 +182,7 @@ class _PacedClient(openai.DefaultAsyncHttpxClient):
 
 
 class Teacher:
-    """
-    Asks the endpoint.
-
-    Args:
-        args ([`GenerateArguments`]):
-            Where and how to ask.
-    """
+    """Asks the endpoint."""
 
     def __init__(self, args: GenerateArguments):
         self.args = args
@@ -205,19 +195,8 @@ class Teacher:
 
     async def ask(self, messages: list[dict[str, str]]) -> dict[str, Any]:
         """
-        Asks for one trace.
-
-        Args:
-            messages (`list[dict[str, str]]`):
-                What the teacher sees.
-
-        Returns:
-            `dict[str, Any]`: `trace`, `finish_reason` and `usage`.
-
-        Raises:
-            Refused: If the endpoint refuses the request.
-            openai.APIError: If it still fails when it has been repeated `max_retries` times, or is answered by
-                something else than a chat completion.
+        Asks for one trace: its `trace`, `finish_reason` and `usage`. Raises `Refused` if the endpoint refuses the
+        request, and an `openai.APIError` if it still fails after `max_retries` repetitions.
         """
         payload: dict[str, Any] = {
             name: getattr(self.args, name) for name in ("model", "temperature", "top_p", "max_tokens")
@@ -255,14 +234,8 @@ def _name(error: openai.APIError) -> str:
 
 def retry_after(response) -> float | None:
     """
-    How long the endpoint asks us to wait.
-
-    Args:
-        response (`httpx.Response`):
-            A response, perhaps with the header `Retry-After`: seconds, or a date.
-
-    Returns:
-        `float` or `None`: Seconds, if it asks for any; an hour at most.
+    The seconds that the endpoint asks us to wait, an hour at most; `None` if it does not ask. The header has seconds
+    or a date.
     """
     value = response.headers.get("retry-after", "").strip()
     try:
@@ -277,17 +250,8 @@ def retry_after(response) -> float | None:
 
 def read_answer(response) -> dict[str, Any]:
     """
-    Reads the trace from a response, with the reasoning that some servers return beside the answer.
-
-    Args:
-        response (`httpx.Response`):
-            A chat completion.
-
-    Returns:
-        `dict[str, Any]`: `trace`, `finish_reason` and `usage`.
-
-    Raises:
-        openai.APIResponseValidationError: If it is no chat completion.
+    Reads `trace`, `finish_reason` and `usage` from a chat completion, with the reasoning that some servers return
+    beside the answer.
     """
     try:
         body = response.json()
@@ -315,18 +279,7 @@ def _text(content: str | list[dict[str, Any]] | None) -> str:
 
 
 def teacher_messages(row: dict[str, Any], args: GenerateArguments) -> list[dict[str, str]]:
-    """
-    What the teacher sees of a row.
-
-    Args:
-        row (`dict[str, Any]`):
-            A row of [`~luffy_trl.data.openr1.to_row`].
-        args ([`GenerateArguments`]):
-            Says what to add and what to leave out.
-
-    Returns:
-        `list[dict[str, str]]`: Chat messages.
-    """
+    """The chat messages that the teacher gets for a row."""
     prompt = row["prompt"]
     prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     messages = [dict(message) for message in prompt if args.send_system_prompt or message["role"] != "system"]
@@ -337,18 +290,8 @@ def teacher_messages(row: dict[str, Any], args: GenerateArguments) -> list[dict[
 
 def request_key(messages: list[dict[str, str]], number: int, args: GenerateArguments) -> str:
     """
-    Name of a request in the journal: what is asked, of whom, how, and for the how-manieth time.
-
-    Args:
-        messages (`list[dict[str, str]]`):
-            What the teacher sees.
-        number (`int`):
-            Which of the `num_traces`.
-        args ([`GenerateArguments`]):
-            The model and its sampling parameters.
-
-    Returns:
-        `str`: A hash.
+    The hash that names a request in the journal: the messages, the model, its sampling parameters, and which of the
+    `num_traces` it is.
     """
     request = [messages, number, args.model, args.temperature, args.top_p, args.max_tokens]
     return hashlib.blake2b(json.dumps(request).encode(), digest_size=16).hexdigest()
@@ -369,22 +312,8 @@ def _requests(args: GenerateArguments, checker: Checker) -> Iterator[tuple[str, 
 
 async def ask_all(args: GenerateArguments, checker: Checker, journal: Journal) -> Counter:
     """
-    Asks for every trace that the journal does not have.
-
-    Args:
-        args ([`GenerateArguments`]):
-            What to ask, and how.
-        checker ([`~luffy_trl.data.openr1.Checker`]):
-            Says for which rows.
-        journal ([`~luffy_trl.journal.Journal`]):
-            Gets the answers.
-
-    Returns:
-        `Counter`: Number of requests by what became of them.
-
-    Raises:
-        Refused: If the endpoint refuses the first request that it answers, the key, or the model.
-        ValueError: If a row of the dataset cannot be read; before anything is asked.
+    Asks for every trace that the journal does not have; returns how many requests ended in which way. A row that
+    cannot be read is an error before anything is asked.
     """
     keys = {key: key in journal for key, _ in _requests(args, checker)}
     progress = tqdm(total=len(keys), initial=sum(keys.values()), desc="Asking the teacher", unit=" traces")

@@ -131,23 +131,8 @@ class OpenR1Arguments:
 
 def stream(name: str, split: str = "train", config: str | None = None) -> Iterator[dict[str, Any]]:
     """
-    Reads the rows of a dataset, as [`~luffy_trl.data.load_data`] does, in memory that does not grow with it.
-
-    `datasets` reads parquet ahead of a slow consumer, without bound. Here it is read batch by batch.
-
-    Args:
-        name (`str`):
-            A dataset on the Hub, a local folder, or a file.
-        split (`str`, *optional*, defaults to `"train"`):
-            Split to load.
-        config (`str`, *optional*):
-            Name of the dataset's configuration, where it has several.
-
-    Yields:
-        `dict[str, Any]`: A row.
-
-    Raises:
-        ValueError: If there is no such file or split.
+    Reads the rows of a dataset, as [`~luffy_trl.data.load_data`] does, in memory that does not grow with it:
+    `datasets` reads parquet ahead of a slow consumer, without bound, and here it is read batch by batch.
     """
     path = Path(name)
     is_one_file = path.suffix.lower() in BUILDERS or path.is_file()
@@ -174,24 +159,9 @@ def stream(name: str, split: str = "train", config: str | None = None) -> Iterat
 
 def to_row(raw: dict[str, Any], number: int, system_prompt: str | None = None) -> dict[str, Any]:
     """
-    Brings a row of a known dataset into our columns.
-
-    Args:
-        raw (`dict[str, Any]`):
-            A row of the authors' dataset (`prompt`, `target`, `reward_model`), of OpenR1-Math (`problem`, `answer`,
-            `generations`), or with our columns (`prompt` or `problem`, `answer` or `solution`, `demonstrations`).
-        number (`int`):
-            Number of the row, for error messages.
-        system_prompt (`str`, *optional*):
-            System message of the prompt; an empty one takes it out.
-
-    Returns:
-        `dict[str, Any]`: `prompt` (chat messages, or a string where the row has one), `demonstrations` (a list of
-        strings), `answer` (a string or `None`), and `complete` and `correct` (lists: what the dataset says of each
-        trace, or `None`).
-
-    Raises:
-        ValueError: If the row has none of these forms.
+    Brings a row of a supported dataset into our columns: `prompt`, `demonstrations`, `answer`, and in `complete` and
+    `correct` what the dataset says of each trace, or `None`. An empty `system_prompt` takes that of the row out;
+    `number` is for error messages.
     """
     complete = correct = None
     if "target" in raw:
@@ -242,16 +212,7 @@ def to_row(raw: dict[str, Any], number: int, system_prompt: str | None = None) -
 
 
 def question_of(prompt: str | list[dict[str, str]]) -> str:
-    """
-    What a prompt asks: the text of its last message by the user.
-
-    Args:
-        prompt (`str` or `list[dict[str, str]]`):
-            A prompt, plain or conversational.
-
-    Returns:
-        `str`: The question, empty if there is none.
-    """
+    """What a prompt asks: the text of its last message by the user, empty if there is none."""
     if isinstance(prompt, str):
         return prompt.strip()
     return next((message["content"] or "" for message in reversed(prompt) if message["role"] == "user"), "").strip()
@@ -271,14 +232,8 @@ def _key(text: str) -> str:
 
 class Contamination:
     """
-    Finds benchmark questions in training problems, by word n-grams.
-
-    Args:
-        questions (`Iterable[str]`):
-            The benchmark questions.
-        ngram_size (`int`, *optional*, defaults to `13`):
-            Words of an n-gram. Words are runs of letters and digits, whatever stands between them. A question that has
-            fewer is compared as a whole, white space and case aside.
+    Finds benchmark questions in training problems, by n-grams of words: runs of letters and digits, whatever stands
+    between them. A question of fewer words is compared as one text, white space and case aside.
     """
 
     def __init__(self, questions: Iterable[str], ngram_size: int = 13):
@@ -294,16 +249,7 @@ class Contamination:
                 self._ngrams.setdefault(tuple(words[start : start + ngram_size]), question)
 
     def find(self, problem: str) -> str | None:
-        """
-        Looks for a benchmark question in a problem.
-
-        Args:
-            problem (`str`):
-                A training problem.
-
-        Returns:
-            `str` or `None`: The first benchmark question that shares an n-gram with it, or that is it.
-        """
+        """The first benchmark question that shares an n-gram with a problem, or is equal to it."""
         found = self._short.get(_key(problem))
         words = _words(problem)
         for start in range(len(words) - self.ngram_size + 1):
@@ -330,16 +276,7 @@ def _evaluation_questions(files: Iterable[str]) -> Iterator[str]:
 
 
 class Checker:
-    """
-    Says which rows and which of their traces can be trained on.
-
-    Args:
-        args ([`OpenR1Arguments`]):
-            What to check. The tokenizer of `model_name_or_path` and the `evaluation_files` are loaded.
-
-    Raises:
-        ValueError: If a file of `evaluation_files` cannot be read.
-    """
+    """Says which rows and which of their traces can be trained on."""
 
     def __init__(self, args: OpenR1Arguments):
         self.args = args
@@ -355,16 +292,7 @@ class Checker:
             )
 
     def check_row(self, row: dict[str, Any]) -> str | None:
-        """
-        Checks a row, without its traces.
-
-        Args:
-            row (`dict[str, Any]`):
-                A row of [`to_row`].
-
-        Returns:
-            `str` or `None`: Why to drop the row, or `None` to keep it.
-        """
+        """Why to drop a row, whatever its traces are; `None` to keep it."""
         if self.contamination.find(question_of(row["prompt"])):
             return "found in a benchmark"
         if self.args.verify == "math_verify" and row["answer"] is None:
@@ -374,16 +302,7 @@ class Checker:
                 return "prompt too long"
 
     def check_traces(self, rows: list[dict[str, Any]]) -> list[list[str | None]]:
-        """
-        Checks the traces of some rows.
-
-        Args:
-            rows (`list[dict[str, Any]]`):
-                Rows of [`to_row`].
-
-        Returns:
-            `list[list[str | None]]`: For each trace of each row why to drop it, or `None` to keep it.
-        """
+        """For each trace of each row why to drop it, or `None` to keep it."""
         reasons = [[self._first_look(row, number) for number in range(len(row["demonstrations"]))] for row in rows]
         for check in (self._check_lengths, self._check_answers):
             left = [
@@ -439,24 +358,12 @@ class Checker:
 
 @dataclass
 class Report:
-    """
-    What was read, kept and dropped. A row that is dropped takes its traces along, for the same reason.
+    """What was read, kept and dropped. A row that is dropped takes its traces with it, for the same reason."""
 
-    Args:
-        rows (`Counter`):
-            Number of rows by reason, `None` for those that are kept.
-        traces (`Counter`):
-            Number of traces by reason, likewise.
-        contaminated (`list[dict[str, str]]`):
-            The first hundred problems that were found in a benchmark, with the question that they match.
-        requests (`dict[str, int]`, *optional*):
-            Number of requests to a teacher by what became of them.
-    """
-
-    rows: Counter = field(default_factory=Counter)
+    rows: Counter = field(default_factory=Counter)  # by reason; `None` is that of rows that are kept
     traces: Counter = field(default_factory=Counter)
-    contaminated: list[dict[str, str]] = field(default_factory=list)
-    requests: dict[str, int] | None = None
+    contaminated: list[dict[str, str]] = field(default_factory=list)  # the first hundred, with what they match
+    requests: dict[str, int] | None = None  # to a teacher, by what became of them
 
     def drop(self, row: dict[str, Any], reason: str):
         """Counts a row that is dropped with all its traces."""
@@ -466,11 +373,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """
-        The report as it is written.
-
-        Returns:
-            `dict[str, Any]`: `rows` and `traces`, each with `read`, `kept` and `dropped` (by reason), and
-            `contaminated` and, if there were any, `requests`.
+        `rows` and `traces`, each with `read`, `kept` and `dropped` by reason; `contaminated`, and `requests` if there
+        are any.
         """
         counts = {}
         for name, counter in (("rows", self.rows), ("traces", self.traces)):
@@ -480,12 +384,7 @@ class Report:
         return {**counts, "contaminated": self.contaminated, **requests}
 
     def to_markdown(self) -> str:
-        """
-        The report as a table.
-
-        Returns:
-            `str`: Markdown.
-        """
+        """The report as a table."""
         report = self.to_dict()
         reasons = dict.fromkeys([*report["rows"]["dropped"], *report["traces"]["dropped"]])
         lines = ["| | rows | traces |", "| --- | --- | --- |"]
@@ -513,13 +412,8 @@ def locked(option: str, path: str):
 
 class ParquetFolder:
     """
-    Writes rows to the parquet files of a folder that appears when everything is written.
-
-    A context manager. Whatever ends it before, a kill as well, leaves no folder of that name.
-
-    Args:
-        output_dir (`str`):
-            The folder. What it held is replaced.
+    Writes rows to the parquet files of a folder, which appears when everything is written and replaces the former one.
+    After an error or a kill there is no folder of that name.
     """
 
     def __init__(self, output_dir: str):
@@ -586,25 +480,7 @@ def write_training_data(
     requests: dict[str, int] | None = None,
 ) -> Report:
     """
-    Filters rows and writes what is left, with a report, to `args.output_dir`.
-
-    Args:
-        rows (`Iterable[dict[str, Any]]`):
-            Rows of [`to_row`].
-        args ([`OpenR1Arguments`]):
-            What to check, and where to write.
-        source (`str`):
-            Where the rows are from, for the dataset card.
-        checker ([`Checker`], *optional*):
-            A checker of the same `args`, where there is one already.
-        requests (`dict[str, int]`, *optional*):
-            Number of requests to a teacher by what became of them, for the report.
-
-    Returns:
-        [`Report`]: What was dropped and why.
-
-    Raises:
-        ValueError: If no row is left.
+    Filters rows and writes what is left, with a report, to `args.output_dir`. `source` is named on the dataset card.
     """
     checker = checker or Checker(args)
     report, seen = Report(requests=requests), set()

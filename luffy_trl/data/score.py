@@ -77,29 +77,8 @@ def score_demonstrations(
     chat_template_kwargs: dict | None = None,
 ) -> Dataset:
     """
-    Adds the column `demonstration_logprobs`: log pi_phi of each token of each trace, the one that ends it too.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            Rows with `prompt` and `demonstrations` (or `completion`).
-        teacher ([`~transformers.PreTrainedModel`]):
-            The model that wrote the traces.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The policy's tokenizer.
-        eos_token_ids (`list[int]`):
-            The tokens that end a completion of the policy; see [`~luffy_trl.demonstrations.find_eos_token_ids`].
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Temperature at which the teacher wrote.
-        batch_size (`int`, *optional*, defaults to `8`):
-            Number of traces of a forward pass. Traces of like length go together.
-        chat_template_kwargs (`dict`, *optional*):
-            Passed to the chat template.
-
-    Returns:
-        [`~datasets.Dataset`]: The dataset with the new column.
-
-    Raises:
-        ValueError: If a trace cannot be used, or has a token that the teacher does not know. The message names it.
+    Adds the column `demonstration_logprobs`: log pi_phi of each token of each trace, also of the token that ends it.
+    `tokenizer` and `eos_token_ids` are those of the policy; `temperature` is what the teacher wrote with.
     """
     field_name = "demonstrations" if "demonstrations" in dataset.column_names else "completion"
     traces = [value if field_name == "demonstrations" else [value] for value in dataset[field_name]]

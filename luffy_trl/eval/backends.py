@@ -25,17 +25,7 @@ from ..endpoints import Endpoint
 
 @dataclass(frozen=True)
 class Sampling:
-    """
-    How to sample.
-
-    Args:
-        temperature (`float`, *optional*, defaults to `0.6`):
-            Temperature; 0 is greedy.
-        top_p (`float`, *optional*, defaults to `1.0`):
-            Probability mass to sample from.
-        eos_token_ids (`tuple[int]`, *optional*, defaults to `()`):
-            Tokens that end a completion.
-    """
+    """How to sample; temperature 0 is greedy."""
 
     temperature: float = 0.6
     top_p: float = 1.0
@@ -44,21 +34,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """
-    A sample to generate.
-
-    Args:
-        question (`int`):
-            Number of the question in the list of questions.
-        sample (`int`):
-            Number of the sample of this question.
-        prompt_ids (`list[int]`):
-            Tokens of the prompt.
-        seed (`int`):
-            Seed of this sample.
-        max_tokens (`int`):
-            Maximum number of tokens to generate.
-    """
+    """A sample to generate."""
 
     question: int
     sample: int
@@ -69,21 +45,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """
-    What was generated.
-
-    Args:
-        text (`str`):
-            The text, without special tokens.
-        num_tokens (`int`):
-            Its length in tokens, with the one that ends it.
-        finish_reason (`str`):
-            `"stop"`, or `"length"` if it was cut off.
-    """
+    """What was generated."""
 
     text: str
-    num_tokens: int
-    finish_reason: str
+    num_tokens: int  # with the one that ends it
+    finish_reason: str  # "stop", or "length" if it was cut off
 
 
 def sample_seed(seed: int, benchmark: str, index: int, sample: int) -> int:
@@ -94,14 +60,8 @@ def sample_seed(seed: int, benchmark: str, index: int, sample: int) -> int:
 
 class SeededSampling(LogitsProcessor):
     """
-    Samples each row with a generator of its own, so that a sample does not depend on the batch it is in: the largest
-    of logits plus Gumbel noise is a sample from their softmax. Goes last, with `do_sample=False`.
-
-    Args:
-        seeds (`list[int]`):
-            A seed for each row.
-        device (`torch.device`):
-            Device of the logits.
+    Samples each row with a generator of its own, so that a sample does not depend on its batch: the maximum of logits
+    plus Gumbel noise is a sample from their softmax. Goes last, with `do_sample=False`.
     """
 
     def __init__(self, seeds: list[int], device: torch.device):
@@ -118,22 +78,7 @@ class SeededSampling(LogitsProcessor):
 def generate_batch(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: list[Request], sampling: Sampling
 ) -> list[Completion]:
-    """
-    Generates a batch with transformers. The sampling options of the model's generation config are not used.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The model, in evaluation mode.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
-        requests (`list[Request]`):
-            The batch.
-        sampling ([`Sampling`]):
-            How to sample.
-
-    Returns:
-        `list[Completion]`: A completion for each request.
-    """
+    """Generates a batch with transformers. The sampling options of the model's generation config are not used."""
     pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     prompts = [torch.tensor(request.prompt_ids) for request in requests]
     input_ids = pad(prompts, padding_value=pad_token_id, padding_side="left").to(model.device)
@@ -168,21 +113,7 @@ def generate_batch(
 
 
 class TransformersBackend:
-    """
-    Generates with transformers, in one process.
-
-    Args:
-        model_name_or_path (`str`):
-            The model.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
-        sampling ([`Sampling`]):
-            How to sample.
-        batch_size (`int`, *optional*, defaults to `16`):
-            Samples of a batch.
-        **kwargs:
-            Passed to `from_pretrained`.
-    """
+    """Generates with transformers, in one process."""
 
     def __init__(
         self,
@@ -205,16 +136,8 @@ class TransformersBackend:
 
 class VLLMBackend:
     """
-    Generates with vLLM in this process. vLLM batches as it likes: a seed gives a sample the same random numbers, but
+    Generates with vLLM in this process. vLLM chooses its batches: a seed gives a sample the same random numbers, but
     its probabilities may differ in the last bits from one batch to another.
-
-    Args:
-        model_name_or_path (`str`):
-            The model.
-        sampling ([`Sampling`]):
-            How to sample.
-        **kwargs:
-            Passed to `vllm.LLM`.
     """
 
     def __init__(self, model_name_or_path: str, sampling: Sampling, **kwargs):
@@ -258,20 +181,8 @@ class VLLMBackend:
 
 class ServerBackend:
     """
-    Generates with a running server that speaks OpenAI's completions API, as vLLM's and SGLang's do. What
-    [`VLLMBackend`] says of seeds holds here as well.
-
-    Args:
-        model_name_or_path (`str`):
-            The model, as the server calls it.
-        sampling ([`Sampling`]):
-            How to sample.
-        base_url (`str`):
-            Address of the server, such as `http://localhost:8000`.
-        num_concurrent (`int`, *optional*, defaults to `64`):
-            Requests under way at a time.
-        num_retries (`int`, *optional*, defaults to `5`):
-            How often to ask again where the server is busy or does not answer.
+    Generates with a server that speaks OpenAI's completions API, as those of vLLM and SGLang do. What [`VLLMBackend`]
+    says of seeds holds here as well.
     """
 
     def __init__(
@@ -322,7 +233,7 @@ class ServerBackend:
         raise kind(f"The server at {self.name} answers {response.status_code}: {text}")
 
     def _complete(self, request: Request) -> Completion:
-        # Spelled out what a server would else take from the model's generation config.
+        # Set here, or a server would take them from the model's generation config.
         beyond_openai = {
             "top_k": -1,
             "min_p": 0.0,

@@ -26,36 +26,16 @@ _ASK_FOR_LETTER = "Answer with the letter of the right option, in \\boxed{}."
 
 @dataclass(frozen=True)
 class Question:
-    """
-    A question of a benchmark.
-
-    Args:
-        benchmark (`str`):
-            Name of the benchmark.
-        index (`int`):
-            Its position in the benchmark.
-        text (`str`):
-            What the user asks, without options.
-        gold (`str`):
-            Gold answer; of multiple choice, the letter of the right option.
-        system_prompt (`str`, *optional*):
-            System message of the data.
-        options (`tuple[str]`, *optional*, defaults to `()`):
-            Options of multiple choice, in the order in which they are lettered A, B, C and so on.
-        instruction (`str`, *optional*, defaults to `""`):
-            What the user says below the options.
-        is_chat (`bool`, *optional*, defaults to `True`):
-            Whether it is asked in chat messages. If not, it is the prompt as it stands.
-    """
+    """A question of a benchmark."""
 
     benchmark: str
     index: int
-    text: str
-    gold: str
+    text: str  # without the options
+    gold: str  # of multiple choice, the letter of the right option
     system_prompt: str | None = None
-    options: tuple[str, ...] = ()
-    instruction: str = ""
-    is_chat: bool = True
+    options: tuple[str, ...] = ()  # lettered A, B, C and so on in this order
+    instruction: str = ""  # below the options
+    is_chat: bool = True  # otherwise it is the prompt as it stands
 
     @property
     def content(self) -> str:
@@ -75,37 +55,17 @@ class Question:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """
-    A benchmark of the paper.
+    """A benchmark of the paper."""
 
-    Args:
-        title (`str`):
-            How tables call it.
-        data_source (`str`):
-            How the `data_source` column of the authors' files calls it.
-        dataset (`str`):
-            Dataset on the Hub.
-        split (`str`):
-            Its split.
-        read (`Callable`):
-            Takes a row of it; returns the text, the gold answer (of multiple choice, the index of the right option),
-            and the options (`()` if it is not multiple choice).
-        config (`str`, *optional*):
-            Its configuration.
-        num_samples (`int`, *optional*, defaults to `1`):
-            Samples for each question. The score is the mean over them: 32 for small benchmarks, as in the paper.
-        multiple_choice (`bool`, *optional*, defaults to `False`):
-            Whether it is graded by letter. In the paper, these are the ones out of distribution.
-    """
-
-    title: str
-    data_source: str
+    title: str  # in tables
+    data_source: str  # in the column of this name of the authors' files
     dataset: str
     split: str
+    # From a row, the text, the gold answer (of multiple choice, the index of the right option), and the options
     read: Callable[[dict[str, Any]], tuple[str, Any, tuple[str, ...]]]
     config: str | None = None
-    num_samples: int = 1
-    multiple_choice: bool = False
+    num_samples: int = 1  # the score is the mean over them: 32 for small benchmarks, as in the paper
+    multiple_choice: bool = False  # these are the ones out of distribution in the paper
 
 
 def _columns(text: str, answer: str) -> Callable[[dict[str, Any]], tuple[str, Any, tuple[str, ...]]]:
@@ -168,20 +128,8 @@ def is_multiple_choice(benchmark: str) -> bool:
 
 def grade(question: Question, texts: list[str], opened: bool = False, require_think: bool = False) -> list[bool]:
     """
-    Grades completions of a question.
-
-    Args:
-        question ([`Question`]):
-            The question.
-        texts (`list[str]`):
-            Completions of it.
-        opened (`bool`, *optional*, defaults to `False`):
-            Whether the prompt ends with `<think>`.
-        require_think (`bool`, *optional*, defaults to `False`):
-            Whether an answer counts only behind `</think>`.
-
-    Returns:
-        `list[bool]`: Whether each is right. Where math-verify cannot read the gold answer, none is, with a warning.
+    Whether each completion of a question is right. `opened` prompts end with `<think>`. Where math-verify cannot read
+    the gold answer, none is right, with a warning.
     """
     answers = [final_answer(text, opened, require_think) for text in texts]
     if is_multiple_choice(question.benchmark):
@@ -204,31 +152,9 @@ def load_questions(
     seed: int = 0,
 ) -> list[Question]:
     """
-    Loads questions from files, and from the Hub what the files do not have.
-
-    Args:
-        benchmarks (`list[str]`, *optional*):
-            Names of benchmarks: those of `BENCHMARKS`, and further values of `data_source` in the files, which are
-            graded as mathematics. Default: all in the files; without files, all of `BENCHMARKS`.
-        data_files (`list[str]`, *optional*):
-            Files with the columns of training data, `prompt` (a user message, perhaps after a system message, or a
-            text) and `answer` or `solution`; or in the format of the authors, with `reward_model` (with
-            `ground_truth`) in place of `answer`. The column `data_source` names the benchmark of a row; without it,
-            that is the file's name. A row that is repeated counts once.
-        datasets_dir (`str`, *optional*):
-            Folder with downloaded copies of datasets of the Hub, such as `<datasets_dir>/HuggingFaceH4/MATH-500`.
-        max_questions (`int`, *optional*):
-            Take only the first ones of each benchmark.
-        shuffle_options (`bool`, *optional*, defaults to `True`):
-            Whether to shuffle the options of multiple choice.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the shuffling.
-
-    Returns:
-        `list[Question]`: The questions, by benchmark.
-
-    Raises:
-        ValueError: If a benchmark is not known or a row cannot be used. The message names it.
+    Loads questions from files, and from the Hub, or copies of it in `datasets_dir`, what the files do not have. Files
+    have the columns of training data, or the authors' `reward_model`; `data_source`, or the file's name, is the
+    benchmark of a row. A repeated row counts once. A `data_source` outside of `BENCHMARKS` is graded as mathematics.
     """
     if max_questions is not None and max_questions < 1:
         raise ValueError(f"`max_questions` must be positive, got {max_questions}.")

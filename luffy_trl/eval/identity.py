@@ -41,21 +41,8 @@ def identify(
     model_name_or_path: str, tokenizer: PreTrainedTokenizerBase, eos_token_ids: list[int], with_template: bool = True
 ) -> dict[str, Any]:
     """
-    What a model's answers depend on, in short.
-
-    Args:
-        model_name_or_path (`str`):
-            A local folder, or a model on the Hub.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
-        eos_token_ids (`list[int]`):
-            Tokens that end a completion.
-        with_template (`bool`, *optional*, defaults to `True`):
-            Whether the chat template counts.
-
-    Returns:
-        `dict[str, Any]`: `weights`, with the configuration and, of an adapter, the base model: a hash of a folder's
-        files, or the commit on the Hub. And `tokenizer`, `eos_token_ids` and, if it counts, `chat_template`.
+    What a model's answers depend on: `weights` (a hash of a folder's files, or a commit on the Hub, with the
+    configuration and the base model of an adapter), `tokenizer`, `eos_token_ids` and, if it counts, `chat_template`.
     """
     names = dict.fromkeys((model_name_or_path, base_of(model_name_or_path)))
     identity = {
@@ -115,7 +102,7 @@ def _sample(file: BinaryIO, start: int, end: int) -> Iterator[bytes]:
 
 def _identify_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     state: Any = sorted(tokenizer.get_vocab().items())
-    with suppress(Exception):  # of a tokenizer in Python, or with parts in it
+    with suppress(Exception):  # a tokenizer in Python, or with parts in it, has no such state
         state = json.loads(tokenizer.backend_tokenizer.to_str())
-        state = {name: value for name, value in state.items() if name not in ("truncation", "padding")}  # of a call
+        state = {name: value for name, value in state.items() if name not in ("truncation", "padding")}  # of calls
     return _hash([state, sorted(tokenizer.all_special_tokens), tokenizer.clean_up_tokenization_spaces])

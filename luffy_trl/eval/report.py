@@ -14,43 +14,14 @@ from .benchmarks import BENCHMARKS, is_multiple_choice
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """
-    Unbiased estimate of the probability that one of k samples is right: 1 - C(n - c, k) / C(n, k).
-
-    Args:
-        num_samples (`int`):
-            n, samples of the question.
-        num_correct (`int`):
-            c, how many of them are right.
-        k (`int`):
-            At most n.
-
-    Returns:
-        `float`: The estimate.
-
-    Raises:
-        ValueError: If k is not between 1 and n.
-    """
+    """Unbiased estimate of the probability that one of k samples is right: 1 - C(n - c, k) / C(n, k)."""
     if not 1 <= k <= num_samples:
         raise ValueError(f"`k` must be between 1 and the number of samples, {num_samples}, got {k}.")
     return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
 def bootstrap_means(values: Sequence[float], num_resamples: int = 2000, seed: int = 0) -> np.ndarray:
-    """
-    Means of resamples of questions, with replacement.
-
-    Args:
-        values (`Sequence[float]`):
-            A score for each question, of shape `(Q,)`.
-        num_resamples (`int`, *optional*, defaults to `2000`):
-            B.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed.
-
-    Returns:
-        `np.ndarray`: The means, of shape `(B,)`.
-    """
+    """Means of resamples of questions, with replacement, of shape `(num_resamples,)`."""
     values = np.asarray(values, dtype=float)
     rng = np.random.default_rng(seed)
     return np.array([values[rng.integers(len(values), size=len(values))].mean() for _ in range(num_resamples)])
@@ -62,22 +33,9 @@ def _interval(means: np.ndarray) -> list[float]:
 
 def summarize(rows: dict[str, list[dict]], num_resamples: int = 2000, seed: int = 0) -> dict[str, dict]:
     """
-    Scores of a model.
-
-    Args:
-        rows (`dict[str, list[dict]]`):
-            For each benchmark a row for each question, with `samples`: a list of dicts with `correct`, `num_tokens`
-            and `finish_reason`.
-        num_resamples (`int`, *optional*, defaults to `2000`):
-            Resamples of the questions for the intervals.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the resampling.
-
-    Returns:
-        `dict[str, dict]`: `benchmarks`, and for each `metric` (`"avg@32"` or `"pass@1"`), `score`, `interval` (95%,
-        by bootstrap over questions), `pass_at_k`, `num_questions`, `num_samples`, `length` (mean, in tokens) and
-        `cut_off` (share of samples that ran out of tokens). And `averages` of the `score`, with `interval`: over
-        mathematics and over the rest, if there is more than one of each.
+    Scores of a model, from a row with `samples` for each question of each benchmark: for each of the `benchmarks` the
+    score, its 95% interval by bootstrap over questions, pass@k, lengths and the share that was cut off; and `averages`
+    over mathematics and over the rest, if there is more than one of each.
     """
     benchmarks, means = {}, {}
     for name, questions in rows.items():
@@ -118,14 +76,7 @@ def without_mathtext(text: str) -> str:
 
 def to_markdown(summary: dict[str, dict]) -> str:
     """
-    A table with a row for each benchmark and a group of columns for each model.
-
-    Args:
-        summary (`dict[str, dict]`):
-            What [`summarize`] returned, for each model.
-
-    Returns:
-        `str`: A Markdown table. Scores are in percent.
+    A table in percent, with a row for each benchmark and a group of columns for each model, from their [`summarize`].
     """
     models = list(summary)
     benchmarks = summary[models[0]]["benchmarks"]
@@ -159,15 +110,7 @@ def _percent(value: float) -> str:
 
 
 def plot_scores(summary: dict[str, dict], path: str | Path):
-    """
-    Draws the scores as bars, with their 95% intervals.
-
-    Args:
-        summary (`dict[str, dict]`):
-            What [`summarize`] returned, for each model.
-        path (`str` or `Path`):
-            Where to write the picture.
-    """
+    """Draws the scores of models as bars, with their 95% intervals."""
     from matplotlib.figure import Figure  # not pyplot: the backend is the user's
 
     benchmarks = list(next(iter(summary.values()))["benchmarks"])
@@ -190,18 +133,7 @@ def plot_scores(summary: dict[str, dict], path: str | Path):
 
 
 def plot_pass_at_k(summary: dict[str, dict], path: str | Path) -> bool:
-    """
-    Draws pass@k against k, a panel for each benchmark with more than one sample.
-
-    Args:
-        summary (`dict[str, dict]`):
-            What [`summarize`] returned, for each model.
-        path (`str` or `Path`):
-            Where to write the picture.
-
-    Returns:
-        `bool`: Whether there was anything to draw.
-    """
+    """Draws pass@k against k, a panel for each benchmark with more than one sample; returns whether there is any."""
     first = next(iter(summary.values()))["benchmarks"]
     benchmarks = [name for name, entry in first.items() if entry["num_samples"] > 1]
     if not benchmarks:

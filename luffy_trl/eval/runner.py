@@ -210,16 +210,8 @@ def file_name(name: str) -> str:
 
 class Store:
     """
-    What was generated for a benchmark: a JSON line for each question, beside a file with the settings.
-
-    Args:
-        path (`Path`):
-            The `.jsonl` file.
-        settings (`dict`):
-            What the rows depend on.
-
-    Raises:
-        ValueError: If the file is of other settings, or a line of it other than the last cannot be read.
+    What was generated for a benchmark: a JSON line for each question, beside a file with the settings. A file of other
+    settings, or with a line other than the last that cannot be read, is an error.
     """
 
     def __init__(self, path: Path, settings: dict):
@@ -439,18 +431,8 @@ class _Run:
 
 def evaluate(args: EvaluationArguments) -> dict[str, dict]:
     """
-    Evaluates models on benchmarks, and writes what they said and how they did to `output_dir`.
-
-    Args:
-        args ([`EvaluationArguments`]):
-            What to evaluate, and how.
-
-    Returns:
-        `dict[str, dict]`: For each model what [`~luffy_trl.eval.summarize`] returns, and `model`, which tells its
-        weights from others.
-
-    Raises:
-        ValueError: If an argument, a row of the data or a file of an earlier evaluation cannot be used.
+    Evaluates models on benchmarks, and writes what they said and their scores to `output_dir`. Returns for each what
+    [`~luffy_trl.eval.summarize`] does, and `model`, which tells its weights from others.
     """
     plots = importlib.util.find_spec("matplotlib") is not None
     if not plots:

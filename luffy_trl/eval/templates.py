@@ -37,25 +37,9 @@ def render_question(
 def render_prompt(
     tokenizer: PreTrainedTokenizerBase, content: str, template: str = "own", system_prompt: str | None = None
 ) -> tuple[str, list[int]]:
-    r"""
-    Renders a question as a prompt.
-
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The model's tokenizer.
-        content (`str`):
-            The message of the user.
-        template (`str`, *optional*, defaults to `"own"`):
-            `"own"`, the model's chat template; `"qwen"`, Qwen2.5-Math's; `"simplerl"`, SimpleRL's; `"prime"`, PRIME's
-            zero model's; or `"none"`, the message alone.
-        system_prompt (`str`, *optional*):
-            System message before it, for `"own"`. The other templates have their own.
-
-    Returns:
-        `tuple[str, list[int]]`: The prompt and its token ids.
-
-    Raises:
-        ValueError: If there is no such template, or the tokenizer has none.
+    """
+    Renders a question as a prompt, text and tokens: with the model's chat template (`"own"`, which alone takes a
+    system prompt), that of `"qwen"`, `"simplerl"` or `"prime"`, or none.
     """
     messages = [{"role": "user", "content": content}]
     if template == "own":

@@ -73,13 +73,7 @@ OPTIONS_OF_A_METHOD = (
 
 @dataclass(frozen=True)
 class OnFailure:
-    """
-    Demonstrations are shown where the rollouts of a group fail.
-
-    Args:
-        threshold (`float`):
-            A group fails where the mean reward of its rollouts is not above this.
-    """
+    """The groups of which no rollout counts as a success: their mean reward is at most the threshold."""
 
     threshold: float
 
@@ -91,40 +85,17 @@ class OnFailure:
 
 @dataclass(frozen=True)
 class Method:
-    """
-    What a trainer with demonstrations does beyond GRPO.
+    """What a trainer with demonstrations does beyond GRPO."""
 
-    Args:
-        sources (`tuple[Source, ...]`):
-            Who opens slots for demonstrations, in this order.
-        when ([`OnFailure`], *optional*):
-            When they are shown; `None` is always.
-        baseline (`str`):
-            What the mean reward is taken over; see [`group_advantages`].
-        objective ([`Objective`]):
-            What is minimised.
-        advantage_weights (`tuple[float, float]`, *optional*, defaults to `(1.0, 1.0)`):
-            Of the advantages of demonstration tokens and of rollout tokens.
-        value_beta (`float`, *optional*):
-            Temperature of the optimal value that rewards are compared with, instead of a mean; see
-            [`optimal_advantages`].
-        drops_failures (`bool`, *optional*, defaults to `False`):
-            Whether rollouts of groups that fail have advantage 0.
-        hints ([`HintSource`], *optional*):
-            Who gives failed groups another try, before demonstrations are inserted.
-        hints_after (`int`, *optional*, defaults to `0`):
-            Optimizer steps before the first hint.
-    """
-
-    sources: tuple[Source, ...]
-    when: OnFailure | None
-    baseline: str
+    sources: tuple[Source, ...]  # open slots in this order
+    when: OnFailure | None  # `None` shows demonstrations always
+    baseline: str  # of the mean reward; see [`group_advantages`]
     objective: Objective
-    advantage_weights: tuple[float, float] = (1.0, 1.0)
-    value_beta: float | None = None
-    drops_failures: bool = False
-    hints: HintSource | None = None
-    hints_after: int = 0
+    advantage_weights: tuple[float, float] = (1.0, 1.0)  # of demonstration tokens, and of rollout tokens
+    value_beta: float | None = None  # compares rewards with an optimal value, not a mean; see [`optimal_advantages`]
+    drops_failures: bool = False  # gives rollouts of groups that fail the advantage 0
+    hints: HintSource | None = None  # another try for failed groups, before demonstrations are inserted
+    hints_after: int = 0  # optimizer steps before the first hint
 
     @property
     def makes_advantages(self) -> bool:

@@ -18,18 +18,8 @@ from ..losses import TokenBatch
 
 def optimal_advantages(rewards: torch.Tensor, num_generations: int, beta: float) -> torch.Tensor:
     """
-    r - V* with V* = beta log mean exp(r / beta) over a group.
-
-    Args:
-        rewards (`torch.Tensor` of shape `(N,)`):
-            Rewards, group after group; NaN does not count, and has advantage 0.
-        num_generations (`int`):
-            Group size G.
-        beta (`float`):
-            Temperature of the value; V* is the mean reward for a large one, and the maximum for a small one.
-
-    Returns:
-        `torch.Tensor`: Advantages of shape `(N,)`.
+    r - V* with V* = beta log mean exp(r / beta) over a group: the mean reward for a large beta, the maximum for a
+    small one. NaN does not count, and has advantage 0.
     """
     groups = rewards.view(-1, num_generations)
     counts = (~groups.isnan()).sum(1).to(rewards.dtype)
@@ -39,13 +29,7 @@ def optimal_advantages(rewards: torch.Tensor, num_generations: int, beta: float)
 
 @dataclass(frozen=True)
 class OAPL:
-    """
-    (beta sum_t (log pi - log pi_sampler) - A)^2 of each completion, and the mean over completions.
-
-    Args:
-        beta (`float`, *optional*, defaults to `1e-3`):
-            Weight of the log-ratio.
-    """
+    """(beta sum_t (log pi - log pi_sampler) - A)^2 of each completion, and the mean over completions."""
 
     beta: float = 1e-3
     reduction: ClassVar[str | None] = "sequences"
@@ -57,7 +41,7 @@ class OAPL:
             sampler_logps = torch.where(tokens.demonstration_mask, tokens.behavior_logps, sampler_logps)
         log_ratio = ((tokens.logps - sampler_logps) * tokens.mask).sum(1)
         errors = (self.beta * log_ratio - tokens.advantages) ** 2
-        # Spread over the tokens, whose sum it is again
+        # Spread evenly over the tokens, so that their sum is the error of the completion
         loss = errors.unsqueeze(1) * tokens.mask / tokens.mask.sum(1, keepdim=True).clamp(min=1.0)
         return loss, tokens.unclipped_stats(loss, tokens.ratio)
 

@@ -15,15 +15,9 @@ from ..losses import TokenBatch
 
 @dataclass(frozen=True)
 class RLPlus:
-    r"""
-    The policy gradient of RL-PLUS. Nothing is clipped.
-
-    A demonstration token has the loss -A (1 - sg pi)^focal * 2 pi / (pi_old + 0.5 (pi_old + 1)), a rollout token
-    -A pi / pi_old.
-
-    Args:
-        focal (`float`, *optional*, defaults to `0.5`):
-            The exponent; 0 weights all tokens alike.
+    """
+    The policy gradient of RL-PLUS, unclipped. A demonstration token has the loss -A (1 - sg pi)^focal * 2 pi / (pi_old
+    + 0.5 (pi_old + 1)), a rollout token -A pi / pi_old.
     """
 
     focal: float = 0.5

@@ -15,13 +15,7 @@ from ..losses import Shaping, TokenBatch
 
 @dataclass(frozen=True)
 class SRFTCrossEntropy:
-    """
-    Cross-entropy on demonstration tokens, weighted by weight * exp(-H) of the mean entropy H of the completion.
-
-    Args:
-        weight (`float`, *optional*, defaults to `0.5`):
-            The weight.
-    """
+    """Cross-entropy on demonstration tokens, weighted by weight * exp(-H) of the mean entropy H of the completion."""
 
     weight: float = 0.5
     reduction: ClassVar[str | None] = "demonstrations"
@@ -38,19 +32,9 @@ class SRFTCrossEntropy:
 @dataclass(frozen=True)
 class SRFT:
     """
-    LUFFY's loss on demonstration tokens; on rollout tokens -c log pi with c = weight * exp(H) where the completion
-    earns full reward, and c = -1 where it does not.
-
-    The latter has no minimum: a token of a failure is pushed down however improbable it is. Below `min_logp` it is
+    LUFFY's loss on demonstration tokens. On rollout tokens -c log pi, where c is success_weight * exp(H) if the
+    completion earns full reward and -1 otherwise. The latter has no minimum: below `min_logp` a token of a failure is
     left alone.
-
-    Args:
-        shaping ([`Shaping`], *optional*):
-            Shaping of the demonstration ratio.
-        success_weight (`float`, *optional*, defaults to `0.1`):
-            Weight of successes.
-        min_logp (`float`, *optional*, defaults to `-20.0`):
-            Log-probability below which a token of a failure carries no loss.
     """
 
     shaping: Shaping = Shaping()

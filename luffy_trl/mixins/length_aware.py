@@ -58,7 +58,7 @@ class LengthAwareTrainer(ResumingTrainer):
                 "`output_router_logits=False` in the model's config."
             )
         unwrapped_model = self.accelerator.unwrap_model(self.model)
-        # On its own cut, TRL passes none
+        # With TRL's micro-batches the numbers must be those of TRL, which passes none
         self._needs_position_ids = self.args.length_aware_batching and needs_position_ids(unwrapped_model)
         attention = unwrapped_model.config._attn_implementation
         if self.args.padding_free and "flash" not in (attention or ""):
@@ -97,7 +97,7 @@ class LengthAwareTrainer(ResumingTrainer):
         model.train()
         micro_batches = self._prepare_inputs(inputs)
         loss = torch.zeros((), device=self.accelerator.device)
-        is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED  # has its own way to wait
+        is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED  # waits by itself
         for batch in micro_batches[:-1]:
             with nullcontext() if is_deepspeed else self.accelerator.no_sync(model):
                 self.accelerator.gradient_state._set_sync_gradients(False)
@@ -180,7 +180,7 @@ class LengthAwareTrainer(ResumingTrainer):
             num_batches = len(
                 plan_micro_batches(prompts, completions, max_tokens, padding_free=self.args.padding_free)
             )
-        # All processes take part in a forward pass of a sharded model: they make as many, over known rows if need be
+        # All processes take part in a forward pass of a sharded model: all make as many, over cached rows if need be
         num_batches = int(self.accelerator.gather(torch.tensor(num_batches, device=self.accelerator.device)).max())
         rows = rows[: max(num_rows, num_batches)]
         prompts, completions = lengths[rows].T.tolist()

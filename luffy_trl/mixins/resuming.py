@@ -45,12 +45,7 @@ _OF_VERSION_0_1 = (
 class ResumableRepeatSampler(RepeatSampler):
     """
     TRL's sampler, which in the second epoch of a resumed run draws the order of the second epoch, not of the first.
-
-    Args:
-        *args, **kwargs:
-            Passed to [`~trl.trainer.utils.RepeatSampler`].
-        count_epochs (`Callable[[], int]`):
-            Returns how many epochs have ended, in this run or in the one that it resumes.
+    `count_epochs` returns how many epochs have ended, in this run or in the one that it resumes.
     """
 
     def __init__(self, *args, count_epochs: Callable[[], int], **kwargs):
@@ -198,7 +193,7 @@ class ResumingTrainer(GRPOTrainer):
                 "Resume with the options of that run, or begin again from the weights: `model_name_or_path` takes the "
                 "folder."
             )
-        # What one process cannot read, none goes on without
+        # If one process cannot read its file, all stop: a process that went on would wait for it
         if problems := [other for other in gather_object([problem]) if other]:
             raise ValueError(problems[0])
         for name in names:
@@ -226,7 +221,7 @@ class ResumingTrainer(GRPOTrainer):
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
         state, problem = self._read_generation(self._generation_file(folder))
         self._check_dataset(folder, (state or {}).get("dataset"))
-        # What a process generates for, it generates together with the others: all use what they have, or none
+        # Processes generate together: either all use what they have kept, or all generate again
         problems = sorted({other for other in gather_object([problem]) if other})
         if problems:
             if self._is_within_generation():
@@ -310,16 +305,7 @@ def _save(state: dict[str, Any], file: Path):
 
 
 def find_last_checkpoint(output_dir: str) -> str | None:
-    """
-    The last checkpoint that was written to its end: a run that dies while it saves leaves one that was not.
-
-    Args:
-        output_dir (`str`):
-            Folder with the checkpoints of a run.
-
-    Returns:
-        `str` or `None`: Path of the checkpoint, or `None` if there is none.
-    """
+    """The last checkpoint that was written to its end: a run that is killed while it saves leaves one that was not."""
     for path in find_checkpoints(output_dir):
         try:
             json.loads((path / "trainer_state.json").read_text())  # written last

@@ -25,7 +25,7 @@ class UnevenSamplingTrainer(GRPOTrainer):
     A [`~trl.GRPOTrainer`] that samples only what is not given.
 
     - Overrides `_generate_single_turn`, which calls TRL's own for the rows that are sampled.
-    - Adds `_batch`, which a subclass sets while it makes a generation batch, and `_continue`.
+    - Adds `_batch`, which a subclass sets while it makes a generation batch, and `continue_completions`.
     - Keeps TRL's sampling, to the last bit, without a batch, or where no row of it begins with a demonstration.
     """
 
@@ -42,17 +42,17 @@ class UnevenSamplingTrainer(GRPOTrainer):
 
         self._batch.vision = images, multimodal_fields
         given = self._batch.demonstrations
-        # A rollout follows the prompt, and what follows a partial demonstration its prefix.
+        # Sampled are rollouts, and what follows the prefix of a partial demonstration.
         sampled = [
             i for i, demonstration in enumerate(given) if demonstration is None or not demonstration.is_complete
         ]
         completion_ids = [list(demonstration.ids) if demonstration else [] for demonstration in given]
         # No sampler gave a demonstration log-probs: `None` becomes an importance-sampling ratio of exactly 1.
         logps = [[None] * len(ids) for ids in completion_ids] if self.use_vllm else None
-        self._continue(prompt_ids, completion_ids, logps, sampled)
+        self.continue_completions(prompt_ids, completion_ids, logps, sampled)
         return completion_ids, logps
 
-    def _continue(self, prompt_ids, completion_ids, logps, sampled: list[int]):
+    def continue_completions(self, prompt_ids, completion_ids, logps, sampled: list[int]):
         """Samples what follows the completions of some rows, up to the budget of a row, in place."""
         sampled_prompt_ids = [prompt_ids[i] + completion_ids[i] for i in sampled]
         lengths = [len(ids) for ids in completion_ids]
@@ -101,14 +101,11 @@ class UnevenSamplingTrainer(GRPOTrainer):
         return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
 
     def _sample_with_vllm(self, prompt_ids, images, spare) -> tuple[list[list[int]], list[list[float]]]:
-        """
-        Samples one completion for each prompt where processes hold different numbers of prompts.
-
-        TRL's vLLM client gives each process the slice of completions that it would own if all of them held as many
-        prompts, in runs of `num_generations`. So one process passes the prompts of all and the others none, and then
-        each takes its own. Where a colocated engine has nothing to sample, it samples the spare prompt for nothing:
-        only after generating does it go to sleep and meet the barriers that other engines wait at.
-        """
+        """Samples one completion for each prompt where processes hold different numbers of prompts."""
+        # TRL's vLLM client gives each process the slice of completions that it would own if all of them held as many
+        # prompts, in runs of `num_generations`. So one process passes the prompts of all and the others none, and then
+        # each takes its own. Where a colocated engine has nothing to sample, it samples the spare prompt for nothing:
+        # only after generating does it go to sleep and meet the barriers that other engines wait at.
         is_server = self.vllm_mode == "server"
         if not is_server and self.vllm_generation.tensor_parallel_size == 1:
             if prompt_ids:

@@ -36,16 +36,6 @@ def save_model_card(
     """
     Fills in `template.md` with what a trainer knows, and writes it to `README.md` in its output folder, with the
     curves beside it. In training, a card that is being pushed is left as it is.
-
-    Args:
-        trainer ([`~trl.GRPOTrainer`]):
-            The trainer.
-        model_name (`str`, *optional*):
-            Name of the model; the output folder's name if not given.
-        dataset_name (`str`, *optional*):
-            Name of the dataset, on the Hub or not.
-        tags (`str` or `list[str]`, *optional*):
-            Further tags.
     """
     push = getattr(trainer, "push_in_progress", None)
     if trainer.is_in_train and push is not None and not push.is_done():

@@ -19,15 +19,7 @@ from .results import EVALUATION_DIR, add_evaluation
 
 @dataclass
 class CardArguments:
-    """
-    Arguments of `python -m luffy_trl.model_card`.
-
-    Args:
-        model_dir (`str`):
-            Folder of a model with the card that `LuffyTrainer` has written.
-        evaluation_dir (`str`, *optional*):
-            The `output_dir` of the evaluation. Default: `_evaluation` in the model's folder.
-    """
+    """Arguments of `python -m luffy_trl.model_card`."""
 
     model_dir: str = field(metadata={"help": "Folder of a model with the card that LuffyTrainer has written."})
     evaluation_dir: str | None = field(

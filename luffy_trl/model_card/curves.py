@@ -35,19 +35,9 @@ _CAPTIONS = {
 
 def draw_curves(log_history: list[dict], folder: Path, titles: dict[str, str]) -> dict[str, str]:
     """
-    Draws the curves of the policy's own completions, of the demonstrations, and of the benchmarks that
-    [`~luffy_trl.callbacks.EvaluationCallback`] has logged. What has no records gets no picture.
-
-    Args:
-        log_history (`list[dict]`):
-            The log of a trainer, `trainer.state.log_history`.
-        folder (`Path`):
-            Where to write the pictures.
-        titles (`dict[str, str]`):
-            For each benchmark the key of its records, and how the picture calls it.
-
-    Returns:
-        `dict[str, str]`: File name and caption of each picture.
+    Draws the curves of rollouts, of demonstrations, and of the benchmarks in `titles` that
+    [`~luffy_trl.callbacks.EvaluationCallback`] has logged; returns file names and captions. What has no records gets
+    no picture.
     """
     from matplotlib.figure import Figure  # not pyplot: the backend is the user's
 

@@ -13,14 +13,7 @@ _LIBRARIES = ("luffy-trl", "trl", "transformers", "torch", "datasets", "tokenize
 
 def library_versions(further: tuple[str, ...] = ()) -> dict[str, str]:
     """
-    Versions of the libraries that decide what a run does.
-
-    Args:
-        further (`tuple[str]`, *optional*, defaults to `()`):
-            Libraries that not every run uses.
-
-    Returns:
-        `dict[str, str]`: The version of each, in which luffy-trl names its commit if it is not a release.
+    Versions of the libraries that decide what a run does. That of luffy-trl names its commit if it is not a release.
     """
     versions = {name: version(name) for name in (*_LIBRARIES, *further)}
     if commit := _package_commit():
@@ -30,11 +23,8 @@ def library_versions(further: tuple[str, ...] = ()) -> dict[str, str]:
 
 def commit_of_run() -> str | None:
     """
-    The commit of the git repository that the run was started in: the user's code, with its reward and its data. No
-    address goes with it.
-
-    Returns:
-        `str` or `None`: The commit, and whether files that git tracks differ from it. `None` outside of a repository.
+    The commit of the git repository that the run was started in, the user's code, and whether tracked files differ
+    from it; without an address. `None` outside of a repository.
     """
     return _commit(Path.cwd())
 
@@ -48,7 +38,7 @@ def _package_commit() -> str | None:
     if commit := installed_from.get("vcs_info", {}).get("commit_id"):
         return commit
     file = Path(__file__)
-    # A package in the `.venv` of a project lies in the project's repository, and is not of it.
+    # A package in the `.venv` of a project lies in its repository, but the commit is not that of the package.
     is_tracked = _git(file.parent, "ls-files", "--error-unmatch", file.name) is not None
     return _commit(file.parent) if is_tracked else None
 

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from trl import GRPOTrainer
 
 
-# Of the arguments of every trainer, those that belong to a recipe. The others are about the machine, the log, the Hub.
+# Arguments of every trainer that belong to a recipe. The others are about the machine, the log or the Hub.
 _TRAINING_ARGUMENTS = {
     "auto_find_batch_size",
     "adam_beta1",
@@ -31,7 +31,7 @@ _TRAINING_ARGUMENTS = {
     "warmup_steps",
     "weight_decay",
 }
-# Of TRL's own, those that do not: where vLLM runs, what is logged, and `model_init_kwargs`, which may hold a token.
+# Arguments of TRL that do not: where vLLM runs, what is logged, and `model_init_kwargs`, which may hold a token.
 _NOT_OF_THE_RECIPE = {
     "ds3_gather_for_generation",
     "log_completions",
@@ -78,16 +78,7 @@ _CORE = {
 
 
 def changed_settings(args) -> list[tuple[str, str, str]]:
-    """
-    Settings that differ from their defaults, beside those of the core table.
-
-    Args:
-        args ([`LuffyConfig`]):
-            The arguments of the run.
-
-    Returns:
-        `list[tuple[str, str, str]]`: Name, value and default of each.
-    """
+    """Name, value and default of the settings that differ from their defaults, beside those of the core table."""
     of_every_trainer = {field.name for field in fields(TrainingArguments)} - _TRAINING_ARGUMENTS
     left_out = of_every_trainer | _NOT_OF_THE_RECIPE | _CORE
     rows = []
@@ -101,14 +92,8 @@ def changed_settings(args) -> list[tuple[str, str, str]]:
 
 def describe_adapter(model) -> str | None:
     """
-    What an adapter of PEFT is, in a few words.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The model.
-
-    Returns:
-        `str` or `None`: Such as `"LoRA, r 8, alpha 16 on q_proj, v_proj"`, or `None` if all weights are trained.
+    An adapter of PEFT in a few words, such as `"LoRA, r 8, alpha 16 on q_proj, v_proj"`; `None` if all weights are
+    trained.
     """
     if not is_peft_model(model):
         return None
@@ -123,16 +108,7 @@ def describe_adapter(model) -> str | None:
 
 
 def describe_precision(trainer: GRPOTrainer) -> str:
-    """
-    Precision of the weights that are trained, and of the computation.
-
-    Args:
-        trainer ([`~trl.GRPOTrainer`]):
-            The trainer.
-
-    Returns:
-        `str`: Such as `"float32 weights, bf16 autocast"`.
-    """
+    """Precision of the weights that are trained and of the computation, such as `"float32 weights, bf16 autocast"`."""
     dtypes = {
         str(weight.dtype).removeprefix("torch.") for weight in trainer.model.parameters() if weight.requires_grad
     }

@@ -34,16 +34,8 @@ def benchmark_title(name: str) -> str:
 
 def results_in_training(trainer: GRPOTrainer) -> tuple[list[EvalResult], list[tuple[str, str, str]]]:
     """
-    What [`~luffy_trl.callbacks.EvaluationCallback`] has logged.
-
-    Args:
-        trainer ([`~trl.GRPOTrainer`]):
-            The trainer.
-
-    Returns:
-        `tuple[list[EvalResult], list[tuple[str, str, str]]]`: Results for the metadata, of the weights at hand only:
-        those that were measured at this very update. And rows of a table: benchmark, first and last accuracy with
-        their updates.
+    What [`~luffy_trl.callbacks.EvaluationCallback`] has logged: results for the metadata, only those of this very
+    update, which are those of the weights; and rows of a table with the first and the last accuracy of each benchmark.
     """
     callbacks = [c for c in trainer.callback_handler.callbacks if isinstance(c, EvaluationCallback)]
     is_best = trainer.args.load_best_model_at_end and not trainer.is_in_train
@@ -67,20 +59,8 @@ def results_in_training(trainer: GRPOTrainer) -> tuple[list[EvalResult], list[tu
 
 def add_evaluation(card: ModelCard, folder: Path, evaluation_dir: Path, names: Sequence[str]):
     """
-    Puts the results of `luffy_trl.eval` on a card, in place of those that it has of the same benchmarks.
-
-    Args:
-        card ([`~huggingface_hub.ModelCard`]):
-            The card of a [`~trl.GRPOTrainer`].
-        folder (`Path`):
-            The model's folder.
-        evaluation_dir (`Path`):
-            The `output_dir` of the evaluation.
-        names (`Sequence[str]`):
-            What the evaluation may call the model.
-
-    Raises:
-        ValueError: If the evaluation is not of this model, or older than its weights, or the card is another's.
+    Puts the results of `luffy_trl.eval` on a card, in place of those that it has of the same benchmarks. An evaluation
+    of another model, or older than the weights, is an error. `names` are those that it may call the model by.
     """
     if not _SECTION.search(card.text):
         raise ValueError(f"{folder / 'README.md'} is not a card of `LuffyTrainer.create_model_card`.")

@@ -105,15 +105,8 @@ class PlannedConfig(LuffyConfig):
 
 class Printer:
     """
-    Writes findings to a console: in colour to a terminal, and plain to a file or a pipe.
-
-    Args:
-        console ([`~rich.console.Console`]):
-            Where to.
-        max_listed (`int`):
-            Maximum number of lines of a list; `0` lists all.
-        max_tokens_shown (`int`):
-            Maximum number of tokens of a prompt or trace; `0` shows all.
+    Writes findings to a console: in colour to a terminal, and plain to a file or a pipe. A maximum of 0 shows
+    everything.
     """
 
     def __init__(self, console: Console, max_listed: int = 20, max_tokens_shown: int = 400):
@@ -173,17 +166,7 @@ def statistics(values: list[int]) -> list[str]:
 def write_report(
     printer: Printer, findings: Findings, tokenizer, eos_token_ids, args, reward_funcs, max_prompt_length
 ):
-    """
-    Writes everything but the estimates of a step.
-
-    Args:
-        printer ([`Printer`]):
-            Where to.
-        findings ([`Findings`]):
-            What to write.
-        tokenizer, eos_token_ids, args, reward_funcs, max_prompt_length:
-            As of [`inspect_dataset`].
-    """
+    """Writes everything but the estimates of a step."""
     for row, prompt, prompt_ids, traces in findings.examples:
         printer.title(f"Row {row}: {len(prompt_ids)} tokens of prompt")
         limit = printer.max_tokens_shown
@@ -268,19 +251,7 @@ def _write_rewards(printer: Printer, traces: list[Trace], reward_funcs: list[Cal
 
 
 def write_estimates(printer: Printer, findings: Findings, args: PlannedConfig, model_args: ModelConfig):
-    """
-    Writes tokens and memory of a step.
-
-    Args:
-        printer ([`Printer`]):
-            Where to.
-        findings ([`Findings`]):
-            Lengths.
-        args ([`PlannedConfig`]):
-            Configuration of the run.
-        model_args ([`~trl.ModelConfig`]):
-            The model.
-    """
+    """Writes tokens and memory of a step."""
     if not findings.prompt_lengths:
         return
     sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.num_processes
@@ -348,19 +319,7 @@ def make_parser(**kwargs) -> Parser:
 
 
 def main(args: list[str] | None = None) -> int:
-    """
-    Inspects a dataset.
-
-    Args:
-        args (`list[str]`, *optional*):
-            Arguments, `sys.argv[1:]` if not given.
-
-    Returns:
-        `int`: 1 if training would refuse the data, else 0.
-
-    Raises:
-        ValueError: If an argument is wrong.
-    """
+    """Inspects a dataset. Returns 1 if training would refuse the data, else 0."""
     own_args, script_args, training_args, model_args, short = make_parser(prog="luffy inspect").parse_args_and_config(
         args
     )

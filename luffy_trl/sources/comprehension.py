@@ -21,21 +21,8 @@ def rank_by_comprehension(
     rows: list[dict[str, Any]], batch: MixedBatch, is_open: list[bool], tokenizer: PreTrainedTokenizerBase
 ) -> list[list[int] | None]:
     """
-    Ranks the traces of rows by the mean probability of the tokens of the gold answer after each.
-
-    Args:
-        rows (`list[dict[str, Any]]`):
-            The B rows of this process, tokenized.
-        batch ([`MixedBatch`]):
-            Their batch, with the column `answer` or `solution`.
-        is_open (`list[bool]`):
-            For which of the rows.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Of the policy.
-
-    Returns:
-        `list[list[int] | None]`: For each row the numbers of its traces, the best first; `None` where there is no
-        choice.
+    For each of the B rows the numbers of its traces, the best first, by the mean probability of the tokens of the gold
+    answer after each; `None` where there is no choice, or the row is not open.
     """
     has_choice = [is_open[i] and len(row["demonstration_ids"]) > 1 for i, row in enumerate(rows)]
     prompt_ids = batch.policy.tokenize([row["prompt"] for row in batch.rows])

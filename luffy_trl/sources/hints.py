@@ -26,18 +26,13 @@ class Sampler(Policy, Protocol):
     processing_class: PreTrainedTokenizerBase
     reward_weights: torch.Tensor
 
-    def _continue(self, prompt_ids, completion_ids, logps, sampled: list[int]): ...
+    def continue_completions(self, prompt_ids, completion_ids, logps, sampled: list[int]): ...
 
 
 class HintSource:
     """
-    Gives failed groups another try.
-
-    Args:
-        args ([`LuffyConfig`]):
-            Configuration of the run.
-        get_traces (`Callable[[MixedBatch], list[dict[str, Any]]]`, *optional*):
-            Returns the rows with their tokenized traces, for `hint_source="trace"`.
+    Gives failed groups another try, with hints from the dataset, or with beginnings of the traces that `get_traces`
+    returns.
     """
 
     def __init__(self, args: LuffyConfig, get_traces: Callable[[MixedBatch], list[dict[str, Any]]] | None = None):
@@ -81,22 +76,9 @@ class HintSource:
         generated: tuple[list, list, list, list | None],
     ) -> list[Demonstration | None]:
         """
-        Samples the rows of failed groups once more, and puts successes, in place, where rollouts were.
-
-        Args:
-            batch ([`MixedBatch`]):
-                The batch, with `has_failed` and `rollout_rewards`.
-            trainer ([`Sampler`]):
-                The trainer.
-            score (`Callable[[list, list], torch.Tensor]`):
-                The rewards, of shape `(N, F)`, of completions and their ids.
-            prompts (`list`):
-                Prompts of the B rows.
-            generated (`tuple[list, list, list, list | None]`):
-                Prompt ids, completion ids, completions and log-probs of the sampler of the B rows.
-
-        Returns:
-            `list[Demonstration | None]`: With `hint_placement="plain"`, the successes as demonstrations.
+        Samples the rows of failed groups once more and puts successes, in place, where rollouts were; with
+        `hint_placement="plain"` it returns them as demonstrations. `score` returns the rewards of completions and
+        their ids; `generated` are prompt ids, completion ids, completions and the sampler's log-probs.
         """
         prompt_ids, completion_ids, completions, logps = generated
         tokenizer = trainer.processing_class
@@ -109,13 +91,15 @@ class HintSource:
         all_levels = torch.tensor(gather_object(levels))
         if not (all_levels >= 0).any():
             return slots
+        template = self.args.hint_template
         hinted = [
-            self._with_hint(prompts[i], hints[i][levels[i]]) if i in tried else prompts[i] for i in range(len(slots))
+            with_hint(prompt, hints[i][levels[i]], template) if i in tried else prompt
+            for i, prompt in enumerate(prompts)
         ]
         hinted_ids = trainer.tokenize(hinted)
         new_ids: list[list[int]] = [[] if i in tried else list(ids) for i, ids in enumerate(completion_ids)]
         new_logps = None if logps is None else [[] if i in tried else list(own) for i, own in enumerate(logps)]
-        trainer._continue(hinted_ids, new_ids, new_logps, tried)
+        trainer.continue_completions(hinted_ids, new_ids, new_logps, tried)
         new_completions = list(completions)
         for i in tried:
             new_completions[i] = decode_completion(tokenizer, hinted[i], hinted_ids[i], new_ids[i])
@@ -134,7 +118,7 @@ class HintSource:
                 batch.scores[i] = scores[i]
                 for name, values in batch.extra_logs.items():
                     values[i] = extra_logs[name][i] if name in extra_logs else None
-        # Groups that were helped have not failed any more
+        # A group that was helped is shown no trace
         is_helped_group = helped.view(costs.shape).any(1).repeat_interleave(batch.num_generations)
         num_hinted = (all_levels >= 0).view(costs.shape).any(1).sum()
         batch.metrics["hints/helped"] = (helped.sum() / num_hinted).item()
@@ -156,8 +140,10 @@ class HintSource:
                 slots[number - batch.local.start] = Demonstration(ids, behavior_logps.tolist(), origin="hinted")
         return slots
 
-    def _with_hint(self, prompt: Any, hint: str) -> Any:
-        if isinstance(prompt, str):
-            return self.args.hint_template.format(prompt=prompt, hint=hint)
-        *before, last = prompt
-        return [*before, {**last, "content": self.args.hint_template.format(prompt=last["content"], hint=hint)}]
+
+def with_hint(prompt: Any, hint: str, template: str) -> Any:
+    """The prompt with a hint: in the text, or in the last message of a chat."""
+    if isinstance(prompt, str):
+        return template.format(prompt=prompt, hint=hint)
+    *before, last = prompt
+    return [*before, {**last, "content": template.format(prompt=last["content"], hint=hint)}]

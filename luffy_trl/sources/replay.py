@@ -35,13 +35,7 @@ class Problem:
 
 
 class ReplaySource:
-    """
-    Opens a slot to a replay in the groups of some problems.
-
-    Args:
-        args ([`LuffyConfig`]):
-            Configuration of the run.
-    """
+    """Opens a slot to a replay in the groups of some problems."""
 
     def __init__(self, args: LuffyConfig):
         self.args = args
@@ -62,7 +56,8 @@ class ReplaySource:
     ) -> list[Demonstration | None]:
         keys = _keys_of_groups(batch)
         rng = random.Random(f"replay-{self.args.seed}-{step}")
-        drawn = self._draw(min(num_replayed(self.args.replay_ratio, len(keys)), len(self.problems)), rng)
+        number = min(num_replayed(self.args.replay_ratio, len(keys)), len(self.problems))
+        drawn = draw_problems(self.problems, number, batch.num_generations, rng)
         chosen = self._choose(drawn, batch)
         batch.metrics |= {
             "replay/share": len(drawn) / len(keys),
@@ -81,21 +76,6 @@ class ReplaySource:
                 batch.rows[i] = dict(self.problems[key].row)
                 slots[i] = chosen[key] if batch.slot(i) == 0 else None
         return slots
-
-    def _draw(self, number: int, rng: random.Random) -> list[str]:
-        """Problems, by buckets of `num_solved`: those solved by about half of the rollouts come first."""
-        buckets: dict[int, list[str]] = {}
-        for key, problem in self.problems.items():
-            buckets.setdefault(problem.num_solved, []).append(key)
-        drawn: list[str] = []
-        for _ in range(number):
-            costs = {k: (k - self.args.num_generations / 2) ** 2 / 2 for k in sorted(buckets)}
-            lowest = min(costs.values())  # of large groups all weights would be 0
-            weights = [math.exp(lowest - cost) for cost in costs.values()]
-            bucket = buckets[rng.choices(list(costs), weights)[0]]
-            drawn.append(bucket.pop(rng.randrange(len(bucket))))
-            buckets = {k: keys for k, keys in buckets.items() if keys}
-        return drawn
 
     def _choose(self, drawn: list[str], batch: MixedBatch) -> dict[str, Demonstration]:
         """The success of each problem that is replayed: of the lowest entropy under the policy as it is now."""
@@ -193,6 +173,22 @@ class ReplaySource:
         for key, success, ids, logps in state.get("successes", []):
             self.successes[success], self.owners[success] = (ids, logps), key
             self.problems[key].keys.append(success)
+
+
+def draw_problems(problems: dict[str, Problem], number: int, num_generations: int, rng: random.Random) -> list[str]:
+    """Draws problems by buckets of `num_solved`: those solved by about half of the rollouts come first."""
+    buckets: dict[int, list[str]] = {}
+    for key, problem in problems.items():
+        buckets.setdefault(problem.num_solved, []).append(key)
+    drawn: list[str] = []
+    for _ in range(number):
+        costs = {k: (k - num_generations / 2) ** 2 / 2 for k in sorted(buckets)}
+        lowest = min(costs.values())  # of large groups all weights would be 0
+        weights = [math.exp(lowest - cost) for cost in costs.values()]
+        bucket = buckets[rng.choices(list(costs), weights)[0]]
+        drawn.append(bucket.pop(rng.randrange(len(bucket))))
+        buckets = {k: keys for k, keys in buckets.items() if keys}
+    return drawn
 
 
 def _keys_of_groups(batch: MixedBatch) -> list[str]:
