@@ -15,13 +15,18 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 from torch.nn.functional import pad
+from trl.trainer.utils import split_pixel_values_by_grid
+
+from .losses import loss_mask
 
 
 def round_up(lengths: torch.Tensor, multiple: int | None) -> torch.Tensor:
@@ -233,6 +238,22 @@ def distribute(micro_batches: list, tokens: list[int], num_processes: int) -> li
     return shares
 
 
+# What TRL's inputs have of images; the first are of images or their parts, and not aligned with rows
+OF_IMAGES = (
+    "pixel_values",
+    "image_grid_thw",
+    "image_position_ids",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "image_sizes",
+    "num_images",
+    "num_tiles",
+    "token_type_ids",
+    "mm_token_type_ids",
+)
+_TYPES = ("token_type_ids", "mm_token_type_ids")  # as wide as prompt and completion
+
+
 def resize(batch: dict[str, torch.Tensor | None], prompt: int, completion: int) -> dict[str, torch.Tensor | None]:
     """
     Gives the sequences of a batch other widths, wider or narrower: `prompt_ids` and `prompt_mask` on the left,
@@ -241,9 +262,9 @@ def resize(batch: dict[str, torch.Tensor | None], prompt: int, completion: int) 
     width = batch["completion_ids"].size(1)
 
     def resized(key: str, value: torch.Tensor | None) -> torch.Tensor | None:
-        if key in ("prompt_ids", "prompt_mask"):
+        if key.startswith("prompt_"):
             return pad(value, (prompt - value.size(1), 0))
-        if value is not None and value.dim() > 1 and value.size(1) == width:
+        if isinstance(value, torch.Tensor) and value.dim() > 1 and value.size(1) == width:
             return pad(value, (0, completion - width))
         return value
 
@@ -251,8 +272,63 @@ def resize(batch: dict[str, torch.Tensor | None], prompt: int, completion: int) 
 
 
 def select(batch: dict[str, torch.Tensor | None], rows: list[int]) -> dict[str, torch.Tensor | None]:
-    """Takes sequences out of a batch: rows of its tensors, and the scalars that all rows share."""
-    return {key: value if value is None or value.dim() == 0 else value[rows] for key, value in batch.items()}
+    """Takes sequences out of a batch: rows of its tensors and lists, and the scalars that all rows share."""
+
+    def selected(value: Any) -> Any:
+        if isinstance(value, list):
+            return [value[row] for row in rows]
+        return value if value is None or value.dim() == 0 else value[rows]
+
+    return {key: selected(value) for key, value in batch.items()}
+
+
+def images_by_row(batch: dict[str, Any]) -> dict[str, Any]:
+    """TRL's inputs with what is of images as a list with a value for each row, so that rows can be told apart."""
+    num_rows, width = len(batch["prompt_ids"]), batch["prompt_ids"].size(1)
+    rows: dict[str, Any] = {}
+    for key, value in split_pixel_values_by_grid(batch).items():
+        if key in _TYPES:
+            rows[f"prompt_{key}"], rows[f"completion_{key}"] = value[:, :width], value[:, width:]
+        elif key in OF_IMAGES and isinstance(value, torch.Tensor):
+            rows[key] = list(value.split(len(value) // num_rows))  # padded to as many images for each row
+        else:
+            rows[key] = value
+    return rows
+
+
+def images_together(batch: dict[str, Any]) -> dict[str, Any]:
+    """The opposite of [`images_by_row`]. What no row has an image for is not there."""
+    together: dict[str, Any] = {}
+    for key, value in batch.items():
+        name = key.removeprefix("prompt_")
+        if name in _TYPES:
+            together[name] = torch.cat([value, batch[f"completion_{name}"]], dim=1)
+        elif isinstance(value, list) and isinstance(value[0], torch.Tensor):
+            if any(len(of_row) for of_row in value):
+                together[key] = torch.cat(value)
+        elif key.removeprefix("completion_") not in _TYPES:
+            together[key] = value
+    return together
+
+
+def with_all_keys(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch of which images are by row, with what other processes have of images and this one has not."""
+    own = {
+        key: (value[0].shape[1:], value[0].dtype) if isinstance(value[0], torch.Tensor) else None
+        for key, value in batch.items()
+        if isinstance(value, list)
+    }
+    num_rows, device = len(batch["prompt_ids"]), batch["prompt_ids"].device
+    batch = dict(batch)
+    for described in gather_object([own]):
+        for key, kind in described.items():
+            if key not in batch:
+                empty = 0 if kind is None else torch.zeros(0, *kind[0], dtype=kind[1], device=device)
+                batch[key] = [empty] * num_rows
+    types = [name for name in _TYPES if f"prompt_{name}" in batch]
+    for name in set(sum(gather_object([types]), [])) - set(types):
+        batch |= {f"{part}_{name}": torch.zeros_like(batch[f"{part}_ids"]) for part in ("prompt", "completion")}
+    return dict(sorted(batch.items()))  # all processes exchange them in the same order
 
 
 def place(shares: list[list[int]], tokens: list[int]) -> list[int]:
@@ -333,11 +409,26 @@ def exchange(
         torch.distributed.all_to_all_single(received, values, num_received, num_sent)
         return received
 
+    def pass_on_images(values: list) -> list:
+        """Exchanges a list of numbers, or of tensors of as many rows as a sequence has images, or parts of them."""
+        if not isinstance(values[0], torch.Tensor):
+            numbers = torch.tensor(values, device=device)
+            return pass_on(numbers[local], [1] * len(lengths)).tolist()
+        num_own = torch.tensor([len(value) for value in values], device=device)
+        num_rows = [torch.empty_like(num_own) for _ in rows_of]
+        torch.distributed.all_gather(num_rows, num_own)
+        counts, shape = torch.cat(num_rows).tolist(), values[0].shape[1:]
+        flat = torch.cat([values[row].flatten() for row in local] or [values[0][:0].flatten()])
+        received = pass_on(flat, [count * shape.numel() for count in counts])
+        return list(received.view(-1, *shape).split([counts[row] for row in own]))
+
     sizes = lengths.T.tolist()
     result: dict[str, torch.Tensor | None] = {}
     for key, value in batch.items():
-        column = 0 if key in ("prompt_ids", "prompt_mask") else 1
-        if value is None or value.dim() == 0:
+        column = 0 if key.startswith("prompt_") else 1
+        if isinstance(value, list):
+            result[key] = pass_on_images(value)
+        elif value is None or value.dim() == 0:
             result[key] = value
         elif column == 0 or (value.dim() > 1 and value.size(1) == width):  # one value for each token
             is_real = mask(own, int(lengths[own, column].max().clamp(min=1)), column)
@@ -361,6 +452,7 @@ def rebatch(
     max_tokens: int | None = None,
     padding_free: bool = False,
     pad_to_multiple_of: int | None = None,
+    sees_images: bool = False,
 ) -> list[dict[str, torch.Tensor | None]]:
     """
     Cuts the sequences of an optimizer step of all processes again, from TRL's micro-batches of equal widths. All
@@ -368,17 +460,24 @@ def rebatch(
     `num_tokens` of the optimizer step, as the mean over processes, because gradients are averaged over them.
     """
     num_processes, process = accelerator.num_processes, accelerator.process_index
-    batch = {
-        key: value if value is None or value.dim() == 0 else torch.cat([part[key] for part in micro_batches])
-        for key, value in micro_batches[0].items()
-    }
+    if sees_images:
+        micro_batches = [images_by_row(part) for part in micro_batches]
+
+    def joined(key: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [of_row for part in micro_batches for of_row in part[key]]
+        return value if value is None or value.dim() == 0 else torch.cat([part[key] for part in micro_batches])
+
+    batch = {key: joined(key, value) for key, value in micro_batches[0].items()}
+    if sees_images and num_processes > 1:
+        batch = with_all_keys(batch)
     if batch.get("importance_sampling_ratio") is not None:  # one for each token, or for each sequence
         batch["importance_sampling_ratio"] = batch["importance_sampling_ratio"].expand_as(batch["completion_ids"])
     num_sequences = len(batch["prompt_ids"])
-    lengths = torch.stack([batch["prompt_mask"].sum(1), batch["completion_mask"].sum(1)], dim=1)
-    lengths = accelerator.gather(lengths.int())
-    num_tokens = lengths[:, 1].sum() / num_processes
-    lengths = lengths.long().cpu()
+    masks = batch["prompt_mask"], batch["completion_mask"], loss_mask(batch)
+    lengths = accelerator.gather(torch.stack([mask.sum(1) for mask in masks], dim=1).int())
+    num_tokens = lengths[:, 2].sum() / num_processes
+    lengths = lengths[:, :2].long().cpu()
     shares = plan_processes(
         round_up(lengths, pad_to_multiple_of), num_processes, len(micro_batches), max_tokens, padding_free
     )
@@ -387,10 +486,11 @@ def rebatch(
         batch = exchange(batch, lengths, rows_of, process)
     position_of = {row: position for position, row in enumerate(sorted(rows_of[process]))}
     counts = {"num_sequences": torch.tensor(num_sequences), "num_tokens": num_tokens}
-    return [
+    cut = [
         {**resize(select(batch, [position_of[row] for row in rows]), *widths), **counts}
         for rows, widths in shares[process]
     ]
+    return [images_together(part) for part in cut] if sees_images else cut
 
 
 def needs_position_ids(model: nn.Module) -> bool:

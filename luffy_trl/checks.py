@@ -52,50 +52,85 @@ def reward_name(reward_func: Callable | str) -> str:
     return getattr(reward_func, "__name__", type(reward_func).__name__)
 
 
-def check_arguments(args: LuffyConfig, reward_funcs: Any, train_dataset: Any, unsupported: dict[str, Any]):
-    """
-    Checks what is passed to the trainer, before a tokenizer or a model is loaded. `unsupported` are the arguments that
-    only plain GRPO takes, by their names.
-    """
+def check_arguments(
+    args: LuffyConfig, reward_funcs: Any, train_dataset: Any, tools: Any, rollout_func: Any, environment_factory: Any
+):
+    """Checks what is passed to the trainer, before a tokenizer or a model is loaded."""
     if not isinstance(args, LuffyConfig):
         raise ValueError(f"`args` must be a `LuffyConfig`, got `{type(args).__name__}`. It takes the same fields.")
     if not args.is_plain_grpo:
-        for name, value in unsupported.items():
-            if value:
-                raise ValueError(
-                    f"`{name}` is not supported together with demonstrations: a trace from the dataset has not "
-                    f"interacted with it. Remove `{name}`, or train plain GRPO (`num_demonstrations=0`, "
-                    "`ratio_clipping='on_policy'`, `length_aware_batching=False`)."
-                )
+        if rollout_func is not None:
+            raise ValueError(
+                "`rollout_func` is not supported together with demonstrations: it generates all completions itself. "
+                "Remove it, or train plain GRPO (`num_demonstrations=0`, `ratio_clipping='on_policy'`, "
+                "`length_aware_batching=False`)."
+            )
+        check_acting(args, getattr(train_dataset, "column_names", None), tools, environment_factory)
     check_number_of_rows(train_dataset, args)
     if not args.is_plain_grpo:
         check_machine(args)
-        check_reward_columns(reward_funcs, getattr(train_dataset, "column_names", None))
+        passed = {"environments"} if environment_factory else set()
+        check_reward_columns(reward_funcs, getattr(train_dataset, "column_names", None), passed)
 
 
 def load_tokenizer(
     processing_class: PreTrainedTokenizerBase | ProcessorMixin | None, model_id: str, args: LuffyConfig
-) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, if none is given; a `ValueError` for a processor of images."""
+) -> PreTrainedTokenizerBase | ProcessorMixin:
+    """The tokenizer or processor of a model, if none is given; a `ValueError` for what cannot be with images."""
     if processing_class is None:
         processing_class = AutoProcessor.from_pretrained(
             model_id, truncation_side="left", padding_side="left", **args.load_options
         )
     if isinstance(processing_class, ProcessorMixin):
-        raise ValueError(
-            "`processing_class` is a multimodal processor, and image prompts are supported by plain GRPO only "
-            "(`num_demonstrations=0`, `ratio_clipping='on_policy'`, `length_aware_batching=False`). Pass "
-            "`processing_class=AutoTokenizer.from_pretrained(...)` to train on text."
-        )
+        asked = {
+            "padding_free=True": args.padding_free,
+            f"replay_ratio={args.replay_ratio}": args.replay_ratio > 0,
+            f"hint_source={args.hint_source!r}": args.hint_source != "none",
+            "demonstration_choice='comprehension'": args.demonstration_choice == "comprehension",
+        }
+        if refused := [option for option, is_set in asked.items() if is_set]:
+            raise ValueError(
+                f"`{refused[0]}` is not supported with a multimodal processor: what it computes has no images. Remove "
+                "it, or pass `processing_class=AutoTokenizer.from_pretrained(...)` to train on text."
+            )
     return processing_class
 
 
-def check_reward_columns(reward_funcs: Any, columns: list[str] | None):
+def tokenizer_of(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
+    """The tokenizer of a processor, or the tokenizer itself."""
+    return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
+
+
+def check_acting(args: LuffyConfig, columns: list[str] | None, tools: Any, environment_factory: Any):
+    """Raises a `ValueError` where a configuration has no meaning for completions that act."""
+    if not tools and not environment_factory:
+        return
+    for name, is_set in (("replay_ratio", args.replay_ratio > 0), ("hint_source", args.hint_source != "none")):
+        if is_set:
+            raise ValueError(
+                f"`{name}={getattr(args, name)!r}` is not supported with tools or environments: what tools have "
+                "answered is not kept, and cannot be asked for again. Remove it."
+            )
+    if not environment_factory or args.num_demonstrations == 0:
+        return
+    if args.prefix_ratio_min < 1:
+        raise ValueError(
+            f"`prefix_ratio_min={args.prefix_ratio_min}` with `environment_factory`: no environment is in the state "
+            "in which a part of a trace leaves it. Show complete traces (`prefix_ratio_min=1.0`)."
+        )
+    if columns and "demonstration_rewards" not in columns:
+        raise ValueError(
+            "`environment_factory` with demonstrations needs the column `demonstration_rewards`: a trace has acted "
+            "in no environment of the run, so that nothing can score it. Give each trace the reward that it earned."
+        )
+
+
+def check_reward_columns(reward_funcs: Any, columns: list[str] | None, also: set[str] | None = None):
     """
-    Checks that reward functions can be called with the columns of a dataset, if these are known. Models are not
-    checked.
+    Checks that reward functions can be called with the columns of a dataset, if these are known. `also` is what TRL
+    passes beside them. Models are not checked.
     """
-    passed = _PASSED | set(columns or ()) - {"prompt", "completion"}
+    passed = _PASSED | (also or set()) | set(columns or ()) - {"prompt", "completion"}
     for reward_func in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
         if not isinstance(columns, list) or not callable(reward_func) or isinstance(reward_func, nn.Module):
             continue

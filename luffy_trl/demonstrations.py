@@ -10,6 +10,7 @@ the rendered prompt, up to and including one token that ends generation.
 import hashlib
 import importlib.metadata
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,11 +26,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    ProcessorMixin,
 )
 from trl.chat_template_utils import parse_response
-from trl.data_utils import is_conversational
+from trl.data_utils import is_conversational, prepare_multimodal_messages
 
 from .errors import loading_model
+from .turns import Tools, Turns, answer_ids, read_turns
 
 
 logger = get_logger(__name__)
@@ -48,6 +51,8 @@ _MIN_LOGP = -80.0  # below it the ratio overflows in float32
 DEMONSTRATION_COLUMNS = {
     "demonstration_ids": List(List(Value("int32"))),  # the traces that fit, tokenized
     "demonstration_logps": List(List(Value("float32"))),  # log pi_phi of their tokens, or no lists where not given
+    "demonstration_turns": List(Value("string")),  # the turns of each trace, or no texts where all have one turn
+    "demonstration_scores": List(List(Value("float64"))),  # rewards of the traces, or no lists where not given
     "demonstrations_dropped": Value("int32"),  # how many did not fit
     "demonstration_row": Value("int64"),  # number of the row in the dataset, or what stands for it in a stream
 }
@@ -71,6 +76,10 @@ class DemonstrationTokenizer:
             What to do with a longer trace: `"drop"`, `"truncate"` or `"error"`.
         chat_template_kwargs (`dict`, *optional*):
             Passed to the chat template, as for the prompts.
+        tools ([`~luffy_trl.turns.Tools`], *optional*):
+            The tools of the run.
+        processor ([`~transformers.ProcessorMixin`], *optional*):
+            The policy's processor, where it sees images: it has the chat template.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -79,6 +88,9 @@ class DemonstrationTokenizer:
     max_length: int
     overflow: str = "drop"
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    tools: Tools = field(default_factory=Tools)
+    processor: ProcessorMixin | None = None
+    _environment: str | None = field(default=None, init=False, repr=False)  # of the row that is rendered
     _end_of_turn: tuple[str, str, int] | None = field(default=None, init=False, repr=False)
     # Part of the fingerprint under which `datasets` caches the result: another version may tokenize differently.
     version: str = field(default_factory=lambda: importlib.metadata.version("luffy-trl"))
@@ -99,14 +111,18 @@ class DemonstrationTokenizer:
         Raises:
             ValueError: If a trace cannot be used; the message names the row and the field.
         """
-        has_logprobs = "demonstration_logprobs" in rows
+        has_logprobs, has_scores = "demonstration_logprobs" in rows, "demonstration_rewards" in rows
         demonstration_ids: list[list] = [[] for _ in indices]
         demonstration_logps: list[list] = [[] for _ in indices]
+        demonstration_turns: list[list] = [[] for _ in indices]
+        demonstration_scores: list[list] = [[] for _ in indices]
         dropped = [0] * len(indices)
-        for position, number, name, ids in self.tokenize(rows, indices):
-            logps = None
+        for position, number, name, ids, turns in self.tokenize(rows, indices):
+            logps, scores = None, None
             if has_logprobs:
                 logps = self.check_logprobs(rows["demonstration_logprobs"][position], number, len(ids), name)
+            if has_scores:
+                scores = self.check_scores(rows["demonstration_rewards"][position], number, name)
             if len(ids) > self.max_length:
                 if self.overflow == "error":
                     raise ValueError(
@@ -116,20 +132,28 @@ class DemonstrationTokenizer:
                 if self.overflow == "drop":
                     dropped[position] += 1
                     continue
-                ids = ids[: self.max_length]
+                ids = ids[: turns.end_before(self.max_length) if turns else self.max_length]
             if ids in demonstration_ids[position]:
                 continue  # the traces of a group are distinct
             demonstration_ids[position].append(ids)
             if logps is not None:
                 demonstration_logps[position].append(logps[: len(ids)])
+            if scores is not None:
+                demonstration_scores[position].append(scores)
+            if self.tools.schemas:
+                demonstration_turns[position].append(turns.to_json() if turns else "")
         return {
             "demonstration_ids": demonstration_ids,
             "demonstration_logps": demonstration_logps,
+            "demonstration_turns": demonstration_turns,
+            "demonstration_scores": demonstration_scores,
             "demonstrations_dropped": dropped,
             "demonstration_row": indices,
         }
 
-    def tokenize(self, rows: dict[str, list], indices: list[int]) -> list[tuple[int, int, str, list[int]]]:
+    def tokenize(
+        self, rows: dict[str, list], indices: list[int]
+    ) -> list[tuple[int, int, str, list[int], Turns | None]]:
         """
         The token ids of every trace of a batch, complete, however long.
 
@@ -140,16 +164,23 @@ class DemonstrationTokenizer:
                 Numbers of the rows in the dataset.
 
         Returns:
-            `list[tuple[int, int, str, list[int]]]`: For each trace the position of its row in the batch, its number in
-            the row, a name for messages, and its token ids.
+            `list[tuple[int, int, str, list[int], Turns | None]]`: For each trace the position of its row in the batch,
+            its number in the row, a name for messages, its token ids, and its turns where it has several.
 
         Raises:
             ValueError: If a trace cannot be used; the message names the row and the field.
         """
         places, prompt_texts, trace_texts, end_ids = [], [], [], []
+        several = []
         for position, (index, prompt) in enumerate(zip(indices, rows["prompt"], strict=True)):
             check_prompt(prompt, index)
+            self._environment = rows["environment"][position] if "environment" in rows else None
+            if self.processor is not None:
+                prompt = self._with_images(prompt, count_images(rows, position), index)
             for number, (trace, name) in enumerate(self._traces(rows[self.field_name][position], f"row {index}")):
+                if is_conversational({"prompt": prompt}) and isinstance(trace, list) and len(trace) > 1:
+                    several.append((position, number, name, *self._tokenize_turns(prompt, trace, name)))
+                    continue
                 prompt_text, trace_text, end_id = self._render(prompt, trace, name)
                 places.append((position, number, name))
                 prompt_texts.append(prompt_text)
@@ -157,10 +188,83 @@ class DemonstrationTokenizer:
                 end_ids.append(end_id)
         is_chat = bool(rows["prompt"]) and is_conversational({"prompt": rows["prompt"][0]})
         all_ids = self._tokenize(prompt_texts, trace_texts, add_special_tokens=not is_chat)
-        return [
-            (*place, self._end_once(ids, end_id, place[-1]))
+        single: list[tuple[int, int, str, list[int], Turns | None]] = [
+            (*place, self._end_once(ids, end_id, place[-1]), None)
             for place, ids, end_id in zip(places, all_ids, end_ids, strict=True)
         ]
+        return sorted([*single, *several], key=lambda trace: trace[:2]) if several else single
+
+    def _with_images(self, prompt: Any, num_images: int, index: int) -> Any:
+        """A prompt with the places of its images, as TRL makes it."""
+        if not is_conversational({"prompt": prompt}):
+            if num_images:
+                raise ValueError(
+                    f"row {index}: `prompt` is a text, and images need chat messages: they have a place in them. "
+                    "Write it as `[{'role': 'user', 'content': ...}]`."
+                )
+            return prompt
+        try:
+            return prepare_multimodal_messages(prompt, images=[None] * num_images)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"row {index}: `prompt` and its images do not match: {error} Give as many images as the messages have "
+                "parts of the type 'image', or messages without such parts."
+            ) from error
+
+    def _tokenize_turns(self, prompt: list[dict], trace: list[dict], name: str) -> tuple[list[int], Turns]:
+        """The token ids of a trace of several messages, and what of them was acted."""
+        ids: list[int] = []
+        spans, history = [], list(prompt)
+        turns = read_turns(trace, name, self.tools.names(self._environment))
+        for turn, answers in turns:
+            before, text, end_id = self._render_turn(history, turn, name, prompt)
+            (turn_ids,) = self._tokenize([before], [text], add_special_tokens=False)
+            spans.append((len(ids), len(ids) + len(self._end_once(turn_ids, end_id, name))))
+            ids += self._end_once(turn_ids, end_id, name)
+            if answers:
+                ids += self._answer_ids(answers, name)
+            history += [turn, *answers]
+        return ids, Turns(spans, [answers for _, answers in turns])
+
+    def _render_turn(self, history: list[dict], turn: dict, name: str, prompt: list[dict]) -> tuple[str, str, int]:
+        """
+        What [`_render`] returns, for a turn that may call tools, which the chat template alone can write. Where it
+        writes other turns in another way once this one is there, the turn is what it is right after the prompt.
+        """
+        if not turn.get("tool_calls"):
+            return self._render(history, [turn], name, prompt)
+        before = self._apply_chat_template(history, name, add_generation_prompt=True)
+        _, _, end_id = self._find_end_of_turn(history, name)
+        text = without_doubled_think(before, turn["content"])
+        names = [call["function"]["name"] for call in turn["tool_calls"]]
+        for context in (history, prompt):
+            start = self._apply_chat_template(context, name, add_generation_prompt=True)
+            openings = [start]
+            if opened := _OPENED_THINKING.search(start):  # templates may write a turn without thinking otherwise
+                openings += [f"{start[: opened.start()]}<think>", start[: opened.start()]]
+            for message in _as_messages(text):
+                rendered = self._apply_chat_template([*context, {**turn, **message}], name)
+                opening = next((opening for opening in openings if rendered.startswith(opening)), None)
+                following = rendered.removeprefix(opening or "")
+                shown = _squeeze(following)
+                has_calls = all(shown.count(called) >= names.count(called) for called in names)
+                if opening is not None and _squeeze(text) in shown and has_calls:
+                    return before, following if opening == start else following.lstrip(), end_id
+        raise ValueError(
+            f"{name} cannot be rendered after its prompt: the chat template does not write {turn['content'][:40]!r} "
+            f"and {len(names)} call(s) of {names[0]!r} as what follows the turns before. Some write one call a turn, "
+            "or no text beside it. Take a template that writes all, or drop the trace."
+        )
+
+    def _answer_ids(self, answers: list[dict], name: str) -> list[int]:
+        chat_template = self.tools.options(self._environment).get("chat_template")
+        try:
+            return answer_ids(self.processor or self.tokenizer, answers, chat_template, self.chat_template_kwargs)
+        except Exception as error:  # a template may raise anything
+            raise ValueError(
+                f"{name}: the answer of {answers[0]['name']!r} cannot be rendered: {error} Give the tokenizer a chat "
+                "template that renders answers of tools."
+            ) from error
 
     def _traces(self, value: Any, row: str) -> list[tuple[str | list[dict], str]]:
         """The traces of one row, each with a name for error messages."""
@@ -203,7 +307,20 @@ class DemonstrationTokenizer:
             )
         return value
 
-    def _render(self, prompt: Any, trace: Any, name: str) -> tuple[str, str, int]:
+    def check_scores(self, value: Any, number: int, name: str) -> list[float | None]:
+        """The rewards of trace `number` of a row: one, or one for each reward function."""
+        if self.field_name == "demonstrations":
+            value = value[number] if isinstance(value, list) and number < len(value) else None
+        scores = value if isinstance(value, list) else [value]
+        is_number = [score is None or (isinstance(score, float | int) and math.isfinite(score)) for score in scores]
+        if value is None or not scores or not all(is_number):
+            raise ValueError(
+                f"{name} has no number in `demonstration_rewards`, got {str(value)[:100]!r}. Give each trace a "
+                "reward, or a list with one for each reward function, or remove the column."
+            )
+        return scores
+
+    def _render(self, prompt: Any, trace: Any, name: str, first: list[dict] | None = None) -> tuple[str, str, int]:
         """The text of the prompt, the text of the trace as it follows it, and the token id that ends the trace."""
         is_chat = is_conversational({"prompt": prompt})
         if isinstance(trace, str):
@@ -219,7 +336,7 @@ class DemonstrationTokenizer:
         ):
             content = trace[0]["content"]
         else:
-            expected = "a string or one assistant message (`role` and `content`) in a list" if is_chat else "a string"
+            expected = "a string or a list of messages, the last of the assistant" if is_chat else "a string"
             raise ValueError(f"{name} must be {expected}, got {str(trace)[:100]!r}. Fix the row, or drop it.")
 
         if not is_chat:
@@ -231,11 +348,15 @@ class DemonstrationTokenizer:
         text = without_doubled_think(prompt_text, content)
         if not text.strip():
             raise ValueError(f"{name} is empty. Remove it: a row without a trace has an empty list, or None.")
-        for message in _as_messages(text) if is_chat else ():
-            turn = self._apply_chat_template([*prompt, message], name)
-            rendered = turn.removeprefix(prompt_text).removesuffix(end_text)
-            if turn.startswith(prompt_text) and _shows(rendered, text, content):
-                return prompt_text, rendered + closing, end_id
+        contexts = {prompt_text: prompt} if is_chat else {}
+        if first is not None and first is not prompt:
+            contexts[self._apply_chat_template(first, name, add_generation_prompt=True)] = first
+        for start, context in contexts.items():
+            for message in _as_messages(text):
+                turn = self._apply_chat_template([*context, message], name)
+                rendered = turn.removeprefix(start).removesuffix(end_text)
+                if turn.startswith(start) and _shows(rendered, text, content):
+                    return prompt_text, rendered + closing, end_id
         return prompt_text, text + closing, end_id
 
     def find_suspicious(self, prompt: str | list[dict], value: Any, index: int) -> dict[str, str]:
@@ -264,7 +385,10 @@ class DemonstrationTokenizer:
 
     def _apply_chat_template(self, messages: list[dict], name: str, **kwargs) -> str:
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, **kwargs, **self.chat_template_kwargs)
+            options = {**self.tools.options(self._environment), **kwargs, **self.chat_template_kwargs}
+            if self.processor is not None:
+                messages = prepare_multimodal_messages(messages)
+            return (self.processor or self.tokenizer).apply_chat_template(messages, tokenize=False, **options)
         except Exception as error:  # a template may raise anything
             raise ValueError(
                 f"{name} cannot be rendered after its prompt: {error} Give the tokenizer a chat template that renders "
@@ -493,13 +617,15 @@ def check_prompt_column(dataset: Dataset | IterableDataset) -> list[str]:
     return columns
 
 
-def check_columns(dataset: Dataset | IterableDataset) -> str:
+def check_columns(dataset: Dataset | IterableDataset, sees_images: bool = False) -> str:
     """
     Checks that a dataset has what training with demonstrations needs.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Training data.
+        sees_images (`bool`, *optional*, defaults to `False`):
+            Whether the policy has a processor.
 
     Returns:
         `str`: The column with the traces, `"demonstrations"` or `"completion"`.
@@ -513,10 +639,11 @@ def check_columns(dataset: Dataset | IterableDataset) -> str:
             f"`train_dataset` must be a `Dataset` or an `IterableDataset`, got `{type(dataset).__name__}`.{hint}"
         )
     columns = check_prompt_column(dataset)
-    if images := {"image", "images"} & set(columns):
+    images = {"image", "images"} & set(columns)
+    if images and not sees_images:
         raise ValueError(
-            f"`train_dataset` has the column {images.pop()!r}: image prompts are not supported together with "
-            "demonstrations. Remove it, or set `num_demonstrations=0`."
+            f"`train_dataset` has the column {images.pop()!r}, and the policy has a tokenizer, which sees no images. "
+            "Pass `processing_class=AutoProcessor.from_pretrained(...)` of a model that does, or remove the column."
         )
     present = [name for name in ("demonstrations", "completion") if name in columns]
     if len(present) != 1:
@@ -537,6 +664,8 @@ def tokenize_demonstrations(
     max_length: int,
     overflow: str = "drop",
     chat_template_kwargs: dict[str, Any] | None = None,
+    tools: Tools | None = None,
+    processor: ProcessorMixin | None = None,
 ) -> Dataset | IterableDataset:
     """
     Adds the columns of `DEMONSTRATION_COLUMNS` to a dataset. `datasets` caches the result of a dataset that lies on
@@ -545,7 +674,7 @@ def tokenize_demonstrations(
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Rows with `prompt` and either `demonstrations` or `completion`.
-        tokenizer, eos_token_ids, max_length, overflow, chat_template_kwargs:
+        tokenizer, eos_token_ids, max_length, overflow, chat_template_kwargs, tools, processor:
             See [`DemonstrationTokenizer`].
 
     Returns:
@@ -555,9 +684,11 @@ def tokenize_demonstrations(
         ValueError: If the dataset has neither or both of the columns, or a row of it cannot be used.
     """
     state = PartialState()  # which accelerate's logger needs
-    field_name = check_columns(dataset)
+    field_name = check_columns(dataset, sees_images=processor is not None)
     function = DemonstrationTokenizer(
-        tokenizer, field_name, eos_token_ids, max_length, overflow, dict(chat_template_kwargs or {})
+        *(tokenizer, field_name, eos_token_ids, max_length, overflow, dict(chat_template_kwargs or {})),
+        tools or Tools(),
+        processor,
     )
     if isinstance(dataset, IterableDataset):
         features = dataset.features and Features({**dataset.features, **DEMONSTRATION_COLUMNS})
@@ -590,11 +721,18 @@ def tokenize_demonstrations(
     return dataset
 
 
+def count_images(rows: dict[str, list], position: int) -> int:
+    """How many images a row of a batch has, in TRL's columns `images` and `image`."""
+    if "images" in rows:
+        return len(rows["images"][position] or [])
+    return int("image" in rows and rows["image"][position] is not None)
+
+
 def _identify(rows: dict[str, list]) -> list[int]:
     """A number for each row that depends on its content alone: each shard of a stream counts its rows from 0."""
     numbers = []
     for values in zip(*rows.values(), strict=True):
-        text = json.dumps(values, default=lambda value: value.tolist() if hasattr(value, "tolist") else repr(value))
+        text = json.dumps(values, default=_as_text)
         numbers.append(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), signed=True))
     return numbers
 
@@ -649,8 +787,20 @@ def suspicion(prompt: str | list[dict], trace: str, prompt_text: str) -> str | N
     return None
 
 
+def _as_text(value: Any) -> Any:
+    """What stands for the content of a value that JSON does not know."""
+    if hasattr(value, "tobytes") and hasattr(value, "size") and not hasattr(value, "tolist"):  # an image
+        return f"{value.size} {hashlib.sha256(value.tobytes()).hexdigest()}"
+    return value.tolist() if hasattr(value, "tolist") else repr(value)
+
+
 def decode_completion(
-    tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict], prompt_ids: list[int], ids: list[int]
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | list[dict],
+    prompt_ids: list[int],
+    ids: list[int],
+    turns: Turns | None = None,
+    tools: list | None = None,
 ) -> str | list[dict]:
     """
     A completion as reward functions see it, decoded as [`~trl.GRPOTrainer`] does it.
@@ -664,14 +814,20 @@ def decode_completion(
             Its token ids.
         ids (`list[int]`):
             Token ids of the completion.
+        turns ([`~luffy_trl.turns.Turns`], *optional*):
+            Where it has several.
+        tools (`list`, *optional*):
+            Those of the run, for the types of the arguments of calls.
 
     Returns:
-        `str` or `list[dict]`: A text, or an assistant message in a list.
+        `str` or `list[dict]`: A text, or messages: one of the assistant, or those of the turns.
     """
+    if turns is not None:
+        return turns.messages(tokenizer, prompt_ids, ids, tools)
     if not is_conversational({"prompt": prompt}):
         return decode(tokenizer, ids, skip_special_tokens=True)
     if getattr(tokenizer, "response_template", None) or getattr(tokenizer, "response_schema", None):
-        return [parse_response(tokenizer, ids, prefix=prompt_ids)]
+        return [parse_response(tokenizer, ids, prefix=prompt_ids, tools=tools)]
     return [{"role": "assistant", "content": decode(tokenizer, ids, skip_special_tokens=True)}]
 
 

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from .luffy_config import LuffyConfig
+from .turns import Turns
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,10 @@ class Demonstration:
             Equal for equal traces of equal rows: rewards and reference log-probs are computed once for each key.
         origin (`str`, *optional*, defaults to `"demonstration"`):
             What the completions table calls the row.
+        turns ([`~luffy_trl.turns.Turns`], *optional*):
+            What of the trace was acted, where tools have answered in it.
+        scores (`list[float | None]`, *optional*):
+            Its rewards, where the dataset gives them: one, or one for each reward function.
     """
 
     ids: list[int]
@@ -40,6 +45,13 @@ class Demonstration:
     is_complete: bool = True
     key: Hashable = None
     origin: str = "demonstration"
+    turns: Turns | None = None
+    scores: list[float | None] | None = None
+
+    @property
+    def tool_mask(self) -> list[int]:
+        """1 on the tokens that were acted, 0 on those of tools."""
+        return self.turns.mask(len(self.ids)) if self.turns else [1] * len(self.ids)
 
     @property
     def source(self) -> str:
@@ -59,19 +71,23 @@ class Caches:
             Log-probabilities under the reference model.
         has_old_logps (`bool`, *optional*, defaults to `False`):
             Whether the loss reads the old log-probs of demonstrations; otherwise they are not computed.
+        num_rewards (`int`, *optional*, defaults to `1`):
+            How many reward functions there are.
     """
 
     scores: dict[Hashable, dict[int, float]] | None = None
     ref_logps: dict[Hashable, torch.Tensor] | None = None
     has_old_logps: bool = False
+    num_rewards: int = 1
 
     @classmethod
-    def from_args(cls, args: LuffyConfig) -> "Caches":
+    def from_args(cls, args: LuffyConfig, num_rewards: int) -> "Caches":
         """Those that a configuration asks for."""
         return cls(
             scores={} if args.cache_demonstration_rewards else None,
             ref_logps={} if args.cache_demonstration_ref_logps else None,
             has_old_logps=args.objective == "rl_plus",
+            num_rewards=num_rewards,
         )
 
 
@@ -118,10 +134,12 @@ class MixedBatch:
             groups that fail are sampled again before that.
         has_failed, is_solved (`torch.Tensor` of shape `(N,)`, bool, or `None`): Which rows are in a group that has
             failed, and which earn full reward.
+        vision (`tuple[list | None, dict]`): Images of the B prompts, and what the processor has made of them.
         traces (`list[dict[str, Any]]` or `None`): The B rows with their tokenized traces, once they are loaded.
         metrics (`dict[str, float]`): What a source adds to the log, equal on all processes.
         is_helped (`torch.Tensor` of shape `(N,)`, bool): Which rows were sampled again, under a prompt with a hint.
-        lengths (`torch.Tensor` of shape `(N,)`): Demonstration tokens of each row.
+        lengths, acted_lengths (`torch.Tensor` of shape `(N,)`): Tokens of the demonstration of each row, and how many
+            of them were acted.
         rewards, rollout_rewards (`torch.Tensor` of shape `(N, F)` or `None`): What each row has earned, and what each
             rollout has: NaN where there was none. They differ where rollouts were replaced.
         scores (`list[dict[int, float]]`): For each of the B rows, its reward by the number of the reward function.
@@ -150,6 +168,8 @@ class MixedBatch:
         self.has_failed: torch.Tensor | None = None
         self.is_solved: torch.Tensor | None = None
         self.lengths = torch.zeros(len(rows) * accelerator.num_processes, dtype=torch.long, device=accelerator.device)
+        self.acted_lengths = self.lengths
+        self.vision: tuple[list | None, dict[str, Any]] = (None, {})
         self.traces: list[dict[str, Any]] | None = None
         self.metrics: dict[str, float] = {}
         self.is_helped = torch.zeros_like(self.lengths, dtype=torch.bool)
@@ -167,15 +187,41 @@ class MixedBatch:
         """Sets what the local rows begin with. All processes call this together."""
         self.is_waiting = False
         self.demonstrations = demonstrations
-        described = [(len(shown.ids), bool(shown.logps)) if shown else (0, False) for shown in demonstrations]
+        described = [
+            (len(shown.ids), sum(shown.tool_mask), bool(shown.logps)) if shown else (0, 0, False)
+            for shown in demonstrations
+        ]
         described = self.accelerator.gather(torch.tensor(described, device=self.accelerator.device))
-        self.lengths, self.has_behavior_logps = described[:, 0], bool(described[:, 1].any())
+        self.lengths, self.acted_lengths, has_logps = described.unbind(1)
+        self.has_behavior_logps = bool(has_logps.any())
         for row, key in enumerate(self.keys):
             shown = demonstrations[row]
             # What a replaced rollout has earned is not of the demonstration; what a hint helped to was scored already
             if shown and shown.origin != "hinted":
                 is_kept = self.caches.scores is not None and key is not None
                 self.scores[row] = self.caches.scores.setdefault(key, {}) if is_kept else {}
+            if shown and shown.is_complete and shown.scores is not None:
+                self.scores[row] = self._given_scores(shown.scores, self.rows[row])
+
+    def _given_scores(self, scores: list[float | None], row: dict[str, Any]) -> dict[int, float | None]:
+        """The rewards that the dataset gives a trace, by the number of the reward function."""
+        number = self.caches.num_rewards
+        if len(scores) not in (1, number):
+            raise ValueError(
+                f"`demonstration_rewards` of the row with the prompt {row.get('prompt')!r} has {len(scores)} numbers "
+                f"for a trace, and there are {number} reward functions. Give one number, or one for each function."
+            )
+        return dict(enumerate(scores if len(scores) == number else scores * number))
+
+    def with_given_scores(self, rewards: torch.Tensor) -> torch.Tensor:
+        """Rewards, of shape `(N, F)`, with those that the dataset gives in place of a reward model's."""
+        given = torch.zeros(len(self.rows), rewards.size(1), 2, device=rewards.device)
+        for i, shown in enumerate(self.demonstrations):
+            if shown and shown.is_complete and shown.scores is not None:
+                values = [torch.nan if score is None else score for score in self.scores[i].values()]
+                given[i] = torch.tensor([values, [1.0] * len(values)], device=rewards.device).T
+        given = self.accelerator.gather(given)
+        return torch.where(given[..., 1] > 0, given[..., 0].to(rewards.dtype), rewards)
 
     def replace(self, completion_ids: list[list[int]], logps: list[list] | None) -> list[int]:
         """Puts the demonstrations, in place, where rollouts were; returns the local rows."""
@@ -185,6 +231,11 @@ class MixedBatch:
             if logps is not None:
                 logps[i] = [None] * len(completion_ids[i])
         return replaced
+
+    @property
+    def is_given(self) -> list[bool]:
+        """Which local rows are complete demonstrations: nothing is sampled for them."""
+        return [shown is not None and shown.is_complete for shown in self.demonstrations]
 
     @property
     def is_mixed(self) -> bool:
@@ -233,7 +284,9 @@ class MixedBatch:
         ids = output["completion_ids"]
         positions = torch.arange(ids.size(1), device=ids.device)
         output["demonstration_mask"] = positions < self.lengths[self.local].unsqueeze(1)
-        output["num_demonstration_tokens"] = self.lengths.sum()
+        if "tool_mask" in output:
+            output["demonstration_mask"] &= output["tool_mask"].bool()
+        output["num_demonstration_tokens"] = self.acted_lengths.sum()
         output["is_solved"] = self.is_solved[self.local]
         if self.has_behavior_logps:
             output["behavior_logps"] = torch.zeros_like(ids, dtype=torch.float32)

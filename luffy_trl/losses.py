@@ -330,6 +330,12 @@ def _nanstd(values: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.sqrt(variance * correction)
 
 
+def loss_mask(inputs: dict[str, Any]) -> torch.Tensor:
+    """Which tokens of TRL's inputs the loss is of, of shape `(B, T)`: not what tools have answered."""
+    mask = inputs["completion_mask"]
+    return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
+
+
 @dataclass
 class TokenBatch:
     """
@@ -352,7 +358,7 @@ class TokenBatch:
     @classmethod
     def from_inputs(cls, inputs: dict[str, Any], logps: torch.Tensor, entropies: torch.Tensor) -> "TokenBatch":
         """The tokens of TRL's inputs, under the policy. Where there was no pass of pi_old, it is the policy."""
-        mask, old_logps = inputs["completion_mask"], inputs.get("old_per_token_logps")
+        mask, old_logps = loss_mask(inputs), inputs.get("old_per_token_logps")
         return cls(
             logps=logps,
             old_logps=logps.detach() if old_logps is None else old_logps,
@@ -426,7 +432,7 @@ class Denominators:
         if "num_sequences" in inputs:
             num_sequences, num_tokens, num_means = inputs["num_sequences"], inputs["num_tokens"], 1.0
         else:
-            num_sequences, num_tokens = inputs["completion_mask"].size(0), inputs["completion_mask"].sum()
+            num_sequences, num_tokens = inputs["completion_mask"].size(0), loss_mask(inputs).sum()
         return cls(
             num_sequences,
             num_tokens.clamp(min=1.0),

@@ -19,7 +19,6 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
@@ -27,27 +26,27 @@ from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
 from trl.trainer.utils import get_config_model_id
 
 from . import metrics
+from .batching import OF_IMAGES
 from .checks import check_arguments, load_tokenizer
-from .demonstrations import DEMONSTRATION_COLUMNS, decode_completion
+from .demonstrations import DEMONSTRATION_COLUMNS
 from .groups import Caches, MixedBatch
 from .losses import Denominators, TokenBatch, aggregate
 from .luffy_config import LuffyConfig
 from .methods import OPTIONS_OF_A_METHOD, Method
+from .mixins.acting import ActingTrainer
 from .mixins.length_aware import LengthAwareTrainer
 from .mixins.measuring import MeasuringTrainer
 from .mixins.model_cards import LUFFY_PAPER, CardTrainer
 from .mixins.recording import RecordingTrainer
 from .mixins.safety import SafeTrainer
-from .mixins.sampling import UnevenSamplingTrainer
 from .scoring import score_once
+from .turns import Tools
 
 
 Rows: TypeAlias = Dataset | IterableDataset
 
 
-class LuffyTrainer(
-    LengthAwareTrainer, MeasuringTrainer, UnevenSamplingTrainer, SafeTrainer, RecordingTrainer, CardTrainer
-):
+class LuffyTrainer(LengthAwareTrainer, MeasuringTrainer, ActingTrainer, SafeTrainer, RecordingTrainer, CardTrainer):
     """
     Trainer for LUFFY: GRPO in which some completions of each group are demonstrations from the dataset, with a shaped
     importance ratio. It takes every argument of [`~trl.GRPOTrainer`], under the same names.
@@ -73,11 +72,12 @@ class LuffyTrainer(
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             As in [`~trl.GRPOTrainer`], and with the traces: either a column `demonstrations`, a list of traces for
             each prompt, or TRL's prompt-completion format with one trace in `completion`. A trace is a string, or,
-            with conversational prompts, a list with one assistant message. A row without a trace (an empty list or
-            `None`) trains on rollouts alone.
+            with conversational prompts, a list of messages: of the assistant, and of the tools that it calls. A row
+            without a trace (an empty list or `None`) trains on rollouts alone. `demonstration_rewards` gives traces
+            their rewards; without it, they are scored as rollouts are.
         model, reward_funcs, eval_dataset, processing_class, reward_processing_classes, callbacks, optimizers,
         quantization_config, peft_config, tools, rollout_func, environment_factory:
-            As in [`~trl.GRPOTrainer`]. The last three are refused together with demonstrations. `eval_dataset` is
+            As in [`~trl.GRPOTrainer`]. `rollout_func` is refused together with demonstrations. `eval_dataset` is
             evaluated on the policy's own completions; demonstrations in it are not used.
     """
 
@@ -107,19 +107,19 @@ class LuffyTrainer(
     ):
         model_id = model if isinstance(model, str) else get_config_model_id(model.config)
         args = LuffyConfig(f"{model_id.split('/')[-1]}-LUFFY") if args is None else args
-        unsupported = {"tools": tools, "rollout_func": rollout_func, "environment_factory": environment_factory}
-        check_arguments(args, reward_funcs, train_dataset, unsupported)
+        check_arguments(args, reward_funcs, train_dataset, tools, rollout_func, environment_factory)
         self.method = Method.from_args(args)
         if not args.is_plain_grpo:
             processing_class = load_tokenizer(processing_class, model_id, args)
-        train_dataset = self.method.prepare(train_dataset, processing_class, model)
+            of_run = Tools.of_run(processing_class, tools, environment_factory)
+            train_dataset = self.method.prepare(train_dataset, processing_class, model, of_run)
         super().__init__(
             *(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, reward_processing_classes),
             *(callbacks, optimizers, quantization_config, peft_config, tools, rollout_func, environment_factory),
         )
         if not args.is_plain_grpo:
             self.reward_funcs = [score_once(func, i, lambda: self._batch) for i, func in enumerate(self.reward_funcs)]
-        self._caches = Caches.from_args(args)
+        self._caches = Caches.from_args(args, len(self.reward_funcs))
         self.kept_by_all = {type(source).__name__: source for source in self.method.sources}
 
     def _set_signature_columns_if_needed(self):
@@ -157,18 +157,19 @@ class LuffyTrainer(
     def _generate(self, prompts: list):
         result = super()._generate(prompts)
         if self._batch is not None and self._batch.is_waiting:
-            self._replace_failures(self._batch, prompts, *result[:2], *result[3:5])
+            self._replace_failures(self._batch, prompts, result)
         elif self._batch is not None and self._batch.is_mixed:
             # TRL has just described all completions; these are the same formulas over the policy's own.
             ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
-            self._log_metrics(metrics.describe_rollouts(result[1], ends, self._batch), replace=True)
+            self._log_metrics(metrics.describe_rollouts(result[1], result[2], ends, self._batch), replace=True)
         return result
 
-    def _replace_failures(self, batch: MixedBatch, prompts, prompt_ids, completion_ids, completions, logps):
+    def _replace_failures(self, batch: MixedBatch, prompts: list, generated: tuple):
         """
         Puts demonstrations, in place, into the groups whose rollouts have failed, in the slots that they take at other
         times: rollouts of a group are alike before they are scored, so that no choice is fairer.
         """
+        prompt_ids, completion_ids, _, completions, logps, *_ = generated
         batch.rollout_rewards = super()._calculate_rewards(batch.rows, prompts, completions, completion_ids)
         rewards = metrics.weighted_sum(batch.rollout_rewards, self.reward_weights)
         batch.has_failed = self.method.when(rewards, self.num_generations)
@@ -178,12 +179,7 @@ class LuffyTrainer(
 
         hinted = self.method.retry(batch, self, score, prompts, (prompt_ids, completion_ids, completions, logps))
         self.method.fill_slots(batch, self.state.global_step, batch.has_failed[batch.local].tolist(), hinted)
-        replaced = batch.replace(completion_ids, logps)
-        prefixes = [i for i in replaced if batch.sources[i] == "prefix"]
-        if any(gather_object([len(prefixes)])):
-            self.continue_completions(prompt_ids, completion_ids, logps, prefixes)
-        for i in replaced:
-            completions[i] = decode_completion(self._tokenizer, prompts[i], prompt_ids[i], completion_ids[i])
+        self.replace_rollouts(prompts, *generated)
 
     # 2. Rewards and advantages
 
@@ -192,10 +188,12 @@ class LuffyTrainer(
         if batch is None:
             return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         if batch.rollout_rewards is None:
-            batch.rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            batch.rewards = batch.with_given_scores(rewards)
             batch.rollout_rewards = batch.rewards.masked_fill(batch.is_demonstration.unsqueeze(1), torch.nan)
         elif batch.is_replaced.any():  # what has replaced rollouts is scored, and what was scored is not scored again
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            rewards = batch.with_given_scores(rewards)
             batch.rewards = torch.where(batch.is_replaced.unsqueeze(1), rewards, batch.rollout_rewards)
         else:
             batch.rewards = batch.rollout_rewards
@@ -237,6 +235,7 @@ class LuffyTrainer(
             mask.size(1),
             compute_entropy=True,
             compute_aux_loss=self.aux_loss_enabled,
+            **{name: inputs[name] for name in OF_IMAGES if name in inputs},
         )
         tokens = TokenBatch.from_inputs(inputs, logps, entropies)
         num_means = self.current_gradient_accumulation_steps if mode == "train" else 1.0

@@ -11,7 +11,7 @@ from accelerate.utils import gather_object, send_to_device
 from trl.trainer.utils import nanmax, nanmin, nanstd
 
 from .groups import MixedBatch
-from .losses import TokenBatch
+from .losses import TokenBatch, loss_mask
 
 
 logger = get_logger(__name__)
@@ -169,7 +169,7 @@ def describe_batch(batch: MixedBatch, rewards: torch.Tensor, reward_weights: tor
     metrics = dict(batch.metrics)
     if batch.is_mixed:
         metrics["demonstrations/reward"] = rewards[batch.is_demonstration].nanmean().item()
-        metrics["demonstrations/length"] = batch.lengths[batch.is_demonstration].float().mean().item()
+        metrics["demonstrations/length"] = batch.acted_lengths[batch.is_demonstration].float().mean().item()
         if metrics["demonstrations/reward"] <= 0 and not (rewards > 0)[batch.is_demonstration].any():
             logger.warning_once(
                 "No demonstration of a generation batch earns a reward: the policy learns to avoid them. See why with "
@@ -211,9 +211,14 @@ def solves(rewards_per_func: torch.Tensor, weights: torch.Tensor) -> torch.Tenso
     return is_solved(weighted_sum(rewards_per_func, weights), full_rewards(rewards_per_func, weights))
 
 
-def describe_rollouts(completion_ids: list[list[int]], ends: set[int], batch: MixedBatch) -> dict[str, float]:
-    """TRL's metrics of the length of completions, over the rollouts of all processes."""
-    described = torch.tensor([[len(ids), ids[-1] not in ends] for ids in completion_ids])
+def describe_rollouts(
+    completion_ids: list[list[int]], tool_mask: list[list[int]] | None, ends: set[int], batch: MixedBatch
+) -> dict[str, float]:
+    """TRL's metrics of the length of completions, over the rollouts of all processes; answers of tools are no part."""
+    lengths = [sum(mask) for mask in tool_mask] if tool_mask is not None else map(len, completion_ids)
+    described = torch.tensor(
+        [[length, ids[-1] not in ends] for length, ids in zip(lengths, completion_ids, strict=True)]
+    )
     described = batch.accelerator.gather(described.to(batch.accelerator.device))[~batch.is_demonstration]
     return describe_lengths(described[:, 0], described[:, 1].bool())
 
@@ -265,7 +270,7 @@ def describe_sampling(batch: dict[str, torch.Tensor], accelerator: Accelerator) 
     TRL's metrics of the difference between vLLM and the policy, over rollout tokens of all processes, which call this
     together.
     """
-    is_rollout = batch["completion_mask"].bool() & ~batch["demonstration_mask"]
+    is_rollout = loss_mask(batch).bool() & ~batch["demonstration_mask"]
     delta = torch.abs(batch["old_per_token_logps"] - batch["sampling_per_token_logps"])
     delta = delta[is_rollout & ~delta.isnan()]
     ratio = batch["importance_sampling_ratio"]

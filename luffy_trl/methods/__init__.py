@@ -35,6 +35,7 @@ from ..sources import Source
 from ..sources.dataset import DatasetSource
 from ..sources.hints import HintSource
 from ..sources.replay import ReplaySource
+from ..turns import Tools
 from .oapl import OAPL, optimal_advantages
 from .rl_plus import RLPlus
 from .srft import SRFT, SRFTCrossEntropy
@@ -101,12 +102,12 @@ class Method:
         """Whether advantages are others than TRL's."""
         return bool(self.sources) or self.hints is not None or self.value_beta is not None
 
-    def prepare(self, dataset, tokenizer, model):
+    def prepare(self, dataset, tokenizer, model, tools: Tools):
         """Lets each source read the training data; returns what the trainer loads rows from."""
         if self.hints is not None:
             self.hints.prepare(dataset)
         for source in self.sources:
-            dataset = source.prepare(dataset, tokenizer, model)
+            dataset = source.prepare(dataset, tokenizer, model, tools)
         return dataset
 
     def open_slots(self, batch: MixedBatch, step: int) -> int:

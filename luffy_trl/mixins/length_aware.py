@@ -126,6 +126,7 @@ class LengthAwareTrainer(ResumingTrainer):
                     max_tokens,
                     self.args.padding_free,
                     self.pad_to_multiple_of,
+                    sees_images=self._is_vlm,
                 )
                 if max_tokens is None:
                     self._buffered_inputs += micro_batches  # one for each call of `training_step`

@@ -6,16 +6,21 @@ from typing import Any, Protocol
 
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..groups import Demonstration, MixedBatch
+from ..turns import Tools
 
 
 class Source(Protocol):
     """Where demonstrations come from. All processes call each method together."""
 
     def prepare(
-        self, dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, model: str | PreTrainedModel
+        self,
+        dataset: Dataset | IterableDataset,
+        tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
+        model: str | PreTrainedModel,
+        tools: Tools,
     ) -> Dataset | IterableDataset:
         """Reads the training data once; returns what the trainer loads rows from."""
 

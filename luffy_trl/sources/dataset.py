@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from ..checks import tokenizer_of
 from ..demonstrations import (
     DEMONSTRATION_COLUMNS,
     find_eos_token_ids,
@@ -20,6 +21,7 @@ from ..demonstrations import (
 )
 from ..groups import Demonstration, MixedBatch
 from ..luffy_config import LuffyConfig
+from ..turns import Tools, Turns
 from .comprehension import rank_by_comprehension
 
 
@@ -48,10 +50,15 @@ class DatasetSource:
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     def prepare(
-        self, dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, model: str | PreTrainedModel
+        self,
+        dataset: Dataset | IterableDataset,
+        tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
+        model: str | PreTrainedModel,
+        tools: Tools,
     ) -> Dataset | IterableDataset:
         """Tokenizes the traces of a dataset, and keeps them; returns the dataset that the trainer loads rows from."""
-        self._tokenizer = tokenizer
+        processor = tokenizer if isinstance(tokenizer, ProcessorMixin) else None
+        self._tokenizer = tokenizer = tokenizer_of(tokenizer)
         columns = dataset.column_names or []
         if self.args.demonstration_choice == "comprehension" and columns and not {"answer", "solution"} & set(columns):
             raise ValueError(
@@ -78,6 +85,8 @@ class DatasetSource:
             max_length=self.args.max_completion_length,
             overflow=self.args.demonstration_overflow,
             chat_template_kwargs=self.args.chat_template_kwargs,
+            tools=tools,
+            processor=processor,
         )
         if not isinstance(dataset, Dataset):
             return dataset
@@ -163,12 +172,18 @@ def choose_demonstrations(
     for slot, number in enumerate(numbers):
         ids = row["demonstration_ids"][number]
         logps = row["demonstration_logps"][number] if row["demonstration_logps"] else None
+        written = row["demonstration_turns"][number] if row["demonstration_turns"] else ""
+        turns = Turns.from_json(written) if written else None
         length = round(len(ids) * prefix_ratio(args, step, slot, rng))
+        if turns and length < len(ids):  # where the policy can go on
+            length = turns.nearest_border(length)
         demonstration = Demonstration(
             ids[:length],
             logps and logps[:length],
             is_complete=length == len(ids),
             key=(row["demonstration_row"], number),
+            turns=turns,
+            scores=row["demonstration_scores"][number] if row["demonstration_scores"] else None,
         )
         demonstrations.append(demonstration if length > 0 else None)
     return demonstrations

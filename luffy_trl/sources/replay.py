@@ -45,7 +45,7 @@ class ReplaySource:
         self.successes: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # token ids and log-probs, the oldest first
         self.owners: dict[str, str] = {}  # the problem of each success
 
-    def prepare(self, dataset, tokenizer, model):
+    def prepare(self, dataset, tokenizer, model, tools):
         return dataset
 
     def count_dropped(self, batch: MixedBatch) -> int:
