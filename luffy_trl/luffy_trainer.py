@@ -56,7 +56,6 @@ class LuffyTrainer(LengthAwareTrainer, MeasuringTrainer, ActingTrainer, SafeTrai
     ```python
     from luffy_trl import LuffyConfig, LuffyTrainer
     from luffy_trl.rewards import math_verify_reward
-
     trainer = LuffyTrainer(
         model="Qwen/Qwen2.5-Math-1.5B",
         reward_funcs=math_verify_reward,
@@ -70,11 +69,10 @@ class LuffyTrainer(LengthAwareTrainer, MeasuringTrainer, ActingTrainer, SafeTrai
         args ([`LuffyConfig`], *optional*):
             Configuration. If `None`, the defaults of [`LuffyConfig`].
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            As in [`~trl.GRPOTrainer`], and with the traces: either a column `demonstrations`, a list of traces for
-            each prompt, or TRL's prompt-completion format with one trace in `completion`. A trace is a string, or,
-            with conversational prompts, a list of messages: of the assistant, and of the tools that it calls. A row
-            without a trace (an empty list or `None`) trains on rollouts alone. `demonstration_rewards` gives traces
-            their rewards; without it, they are scored as rollouts are.
+            As in [`~trl.GRPOTrainer`], and with the traces: a column `demonstrations`, a list of traces for each
+            prompt, or TRL's `completion` with one. A trace is a string, or a list of messages of the assistant and of
+            the tools that it calls. A row without a trace trains on rollouts alone. `demonstration_rewards` gives
+            traces their rewards, which are else scored as rollouts are.
         model, reward_funcs, eval_dataset, processing_class, reward_processing_classes, callbacks, optimizers,
         quantization_config, peft_config, tools, rollout_func, environment_factory:
             As in [`~trl.GRPOTrainer`]. `rollout_func` is refused together with demonstrations. `eval_dataset` is
@@ -106,7 +104,7 @@ class LuffyTrainer(LengthAwareTrainer, MeasuringTrainer, ActingTrainer, SafeTrai
         environment_factory: EnvironmentFactory | dict[str, EnvironmentFactory] | None = None,
     ):
         model_id = model if isinstance(model, str) else get_config_model_id(model.config)
-        args = LuffyConfig(f"{model_id.split('/')[-1]}-LUFFY") if args is None else args
+        args = args or LuffyConfig(f"{model_id.split('/')[-1]}-LUFFY")
         check_arguments(args, reward_funcs, train_dataset, tools, rollout_func, environment_factory)
         self.method = Method.from_args(args)
         if not args.is_plain_grpo:
@@ -119,6 +117,7 @@ class LuffyTrainer(LengthAwareTrainer, MeasuringTrainer, ActingTrainer, SafeTrai
         )
         if not args.is_plain_grpo:
             self.reward_funcs = [score_once(func, i, lambda: self._batch) for i, func in enumerate(self.reward_funcs)]
+        self._ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
         self._caches = Caches.from_args(args, len(self.reward_funcs))
         self.kept_by_all = {type(source).__name__: source for source in self.method.sources}
 
@@ -160,8 +159,7 @@ class LuffyTrainer(LengthAwareTrainer, MeasuringTrainer, ActingTrainer, SafeTrai
             self._replace_failures(self._batch, prompts, result)
         elif self._batch is not None and self._batch.is_mixed:
             # TRL has just described all completions; these are the same formulas over the policy's own.
-            ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
-            self._log_metrics(metrics.describe_rollouts(result[1], result[2], ends, self._batch), replace=True)
+            self._log_metrics(metrics.describe_rollouts(result[1], result[2], self._ends, self._batch), replace=True)
         return result
 
     def _replace_failures(self, batch: MixedBatch, prompts: list, generated: tuple):
@@ -187,18 +185,16 @@ class LuffyTrainer(LengthAwareTrainer, MeasuringTrainer, ActingTrainer, SafeTrai
         batch = self._batch
         if batch is None:
             return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        scored = batch.rollout_rewards
+        if scored is None or batch.is_replaced.any():
+            scored = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            scored = batch.with_given_scores(scored)
         if batch.rollout_rewards is None:
-            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-            batch.rewards = batch.with_given_scores(rewards)
-            batch.rollout_rewards = batch.rewards.masked_fill(batch.is_demonstration.unsqueeze(1), torch.nan)
-        elif batch.is_replaced.any():  # what has replaced rollouts is scored, and what was scored is not scored again
-            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-            rewards = batch.with_given_scores(rewards)
-            batch.rewards = torch.where(batch.is_replaced.unsqueeze(1), rewards, batch.rollout_rewards)
-        else:
-            batch.rewards = batch.rollout_rewards
-        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
-        described = metrics.describe_completions(completion_ids_list, ends, batch)
+            batch.rollout_rewards = scored.masked_fill(batch.is_demonstration.unsqueeze(1), torch.nan)
+            batch.rewards = scored
+        else:  # what was scored is not scored again
+            batch.rewards = torch.where(batch.is_replaced.unsqueeze(1), scored, batch.rollout_rewards)
+        described = metrics.describe_completions(completion_ids_list, self._ends, batch)
         # A column that a reward function logs under one of these names is the user's
         self._pending_extra_logs.update(described | self._pending_extra_logs | batch.extra_logs)
         self._pending_extra_logs["source"] = batch.sources
@@ -244,7 +240,7 @@ class LuffyTrainer(LengthAwareTrainer, MeasuringTrainer, ActingTrainer, SafeTrai
         loss, divisor, stats = self.method.objective(tokens, denominators, self.max_completion_length, step)
         policy_loss, loss = loss.detach(), loss / divisor
         if self._entropy_bonus_enabled:  # demonstration tokens included, as in the released code
-            entropy = aggregate(entropies, mask, "bnpo", denominators, self.max_completion_length)
+            entropy = aggregate(entropies, tokens.mask, "bnpo", denominators, self.max_completion_length)
             loss = loss - self.entropy_coef * (entropy / denominators.num_means)
             stats["policy_loss"] = policy_loss
             if mode == "train" and self.accelerator.sync_gradients:

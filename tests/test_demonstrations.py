@@ -432,8 +432,8 @@ def test_traces_that_cannot_be_used(bad_row, message):
         ([{"prompt": "1", "completion": ["2"]}], "row 0: `completion` must be a string"),
         ([{"prompt": "1", "completion": ""}], "row 0: `completion` is empty"),
         ([{"prompt": "1", "demonstrations": [assistant("2")]}], r"row 0: `demonstrations\[0\]` must be a string"),
-        ([{"prompt": user("1"), "demonstrations": [user("2")]}], "must be a string or one assistant message"),
-        ([{"prompt": user("1"), "demonstrations": [assistant("2") * 2]}], "must be a string or one assistant message"),
+        ([{"prompt": user("1"), "demonstrations": [user("2")]}], "must be a string or a list of messages"),
+        ([{"prompt": user("1"), "demonstrations": [assistant("2") * 2]}], r"\[1\] follows a message of the assistant"),
     ],
 )
 def test_columns_of_the_wrong_type(rows, message):

@@ -4,6 +4,7 @@
 
 import inspect
 import math
+import re
 
 import pandas as pd
 import pytest
@@ -1166,16 +1167,10 @@ def test_an_instantiated_model_and_default_arguments(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------- bad input
 
 
-@pytest.mark.parametrize("name", ["tools", "rollout_func", "environment_factory"])
-def test_refused_arguments(tmp_path, name):
-    def tool():
-        """A tool."""
-
-    value = [tool] if name == "tools" else tool
-    with pytest.raises(ValueError, match=f"`{name}` is not supported together with demonstrations.*Remove `{name}`"):
-        LuffyTrainer(
-            "no/such-model", tiny.share_of_digits, tiny.make_args(tmp_path), Dataset.from_list([]), **{name: value}
-        )
+def test_a_rollout_func_is_refused(tmp_path):
+    rows = Dataset.from_list([])
+    with pytest.raises(ValueError, match="`rollout_func` is not supported together with demonstrations: it generates"):
+        LuffyTrainer("no/model", tiny.share_of_digits, tiny.make_args(tmp_path), rows, rollout_func=print)
 
 
 def test_refused_arguments_without_clipping_and_demonstrations(tmp_path):
@@ -1210,7 +1205,10 @@ def test_arguments_of_another_trainer_are_refused(tmp_path):
         ([{"prompt": "1+1=", "trace": "2"}], "exactly one of `demonstrations`"),
         ([{"prompt": "1+1=", "demonstrations": ["2"], "completion": "2"}], "exactly one of `demonstrations`"),
         ([{"problem": "1+1=", "demonstrations": ["2"]}], "no column `prompt`, only \\['problem', 'demonstrations'\\]"),
-        ([{"prompt": "1+1=", "demonstrations": ["2"], "image": "x"}], "the column 'image': image prompts are not"),
+        (
+            [{"prompt": "1+1=", "demonstrations": ["2"], "image": "x"}],
+            "'image', and the policy has a tokenizer, which sees",
+        ),
         (
             [{"prompt": "1+1=", "demonstrations": ["2"], "demonstration_ids": [[1]]}],
             "columns that LuffyTrainer itself",
@@ -1282,6 +1280,13 @@ def test_the_arguments_are_those_of_grpo_trainer():
         ),
         ("_calculate_rewards", ["self", "inputs", "prompts", "completions", "completion_ids_list"]),
         ("_compute_loss", ["self", "model", "inputs"]),
+        (
+            "_tool_call_loop",
+            [
+                *("self", "prompts", "prompt_ids", "completion_ids", "completions", "logprobs"),
+                *("images", "multimodal_fields"),
+            ],
+        ),
         ("log", ["self", "logs", "start_time"]),
         ("create_model_card", ["self", "model_name", "dataset_name", "tags"]),
         ("_push_from_checkpoint", ["self", "checkpoint_folder"]),
@@ -1302,6 +1307,13 @@ def test_log_probs_begin_with_the_arguments_that_are_overridden():
     assert parameters[:6] == expected == parameters_of(LuffyTrainer, "_get_per_token_logps_and_entropies")[:6]
 
 
+def test_what_renders_answers_of_tools_reads_no_more_of_a_trainer():
+    """`turns.answer_ids` calls it on what stands for a trainer, with these attributes."""
+    assert parameters_of(GRPOTrainer, "_get_tool_suffix_ids") == ["self", "tool_messages"]
+    read = set(re.findall(r"self\.(\w+)", inspect.getsource(GRPOTrainer._get_tool_suffix_ids)))
+    assert read == {"_is_vlm", "processing_class", "chat_template", "chat_template_kwargs", "_tokenizer"}
+
+
 def test_everything_that_is_overridden_is_guarded():
     marks = test_overridden_methods_have_the_signature_that_trl_calls.pytestmark
     guarded = {parameters[0] for mark in marks for parameters in mark.args[1]}
@@ -1313,4 +1325,4 @@ def test_everything_that_is_overridden_is_guarded():
         for name, value in vars(cls).items()
         if inspect.isfunction(value) and hasattr(GRPOTrainer, name)
     }
-    assert overridden == guarded and len(own) == 8
+    assert overridden == guarded and len(own) == 9

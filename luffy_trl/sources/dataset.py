@@ -172,7 +172,7 @@ def choose_demonstrations(
     for slot, number in enumerate(numbers):
         ids = row["demonstration_ids"][number]
         logps = row["demonstration_logps"][number] if row["demonstration_logps"] else None
-        written = row["demonstration_turns"][number] if row["demonstration_turns"] else ""
+        written = row["demonstration_turns"][number] if row.get("demonstration_turns") else ""
         turns = Turns.from_json(written) if written else None
         length = round(len(ids) * prefix_ratio(args, step, slot, rng))
         if turns and length < len(ids):  # where the policy can go on
@@ -183,7 +183,7 @@ def choose_demonstrations(
             is_complete=length == len(ids),
             key=(row["demonstration_row"], number),
             turns=turns,
-            scores=row["demonstration_scores"][number] if row["demonstration_scores"] else None,
+            scores=row["demonstration_scores"][number] if row.get("demonstration_scores") else None,
         )
         demonstrations.append(demonstration if length > 0 else None)
     return demonstrations
