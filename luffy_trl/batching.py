@@ -474,9 +474,11 @@ def rebatch(
     if batch.get("importance_sampling_ratio") is not None:  # one for each token, or for each sequence
         batch["importance_sampling_ratio"] = batch["importance_sampling_ratio"].expand_as(batch["completion_ids"])
     num_sequences = len(batch["prompt_ids"])
-    masks = batch["prompt_mask"], batch["completion_mask"], loss_mask(batch)
+    masks = [batch["prompt_mask"], batch["completion_mask"]]
+    if "tool_mask" in batch:
+        masks.append(loss_mask(batch))
     lengths = accelerator.gather(torch.stack([mask.sum(1) for mask in masks], dim=1).int())
-    num_tokens = lengths[:, 2].sum() / num_processes
+    num_tokens = lengths[:, -1].sum() / num_processes
     lengths = lengths[:, :2].long().cpu()
     shares = plan_processes(
         round_up(lengths, pad_to_multiple_of), num_processes, len(micro_batches), max_tokens, padding_free

@@ -195,7 +195,7 @@ def _tokenize(rows, kept, first, function, problems) -> Iterator[tuple[int, list
     batch = {name: [rows[name][position] for position in kept] for name in names}
     traces: dict[int, list] = {position: [] for position in kept}
     try:
-        for place, number, name, ids in function.tokenize(batch, [first + position for position in kept]):
+        for place, number, name, ids, _ in function.tokenize(batch, [first + position for position in kept]):
             if "demonstration_logprobs" in batch:
                 function.check_logprobs(batch["demonstration_logprobs"][place], number, len(ids), name)
             traces[kept[place]].append((name, ids))
