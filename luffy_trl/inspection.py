@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from datasets import Dataset, IterableDataset
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import PreTrainedTokenizerBase, TrainerState
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerState
+from trl.chat_template_utils import add_response_schema
 
 from .checks import reward_name, without_options
 from .demonstrations import (
@@ -26,9 +27,11 @@ from .demonstrations import (
 from .errors import run_async
 from .luffy_config import LuffyConfig
 from .rewards import explain_math_verify_reward, math_verify_reward
+from .turns import Tools, Turns
 
 
 _ROWS_PER_BATCH = 64
+_READ_BESIDE = ("demonstration_logprobs", "demonstration_rewards", "environment", "images", "image")
 
 
 @dataclass
@@ -41,6 +44,8 @@ class Trace:
     rewards: list[float | None] = field(default_factory=list)  # of each reward function
     total: float = math.nan  # their weighted sum; NaN if there is none
     reason: str = ""  # why it earns nothing, as far as it can be told
+    turns: Turns | None = None  # where it has several
+    given: list[float | None] | None = None  # the rewards that the dataset gives it
 
 
 @dataclass
@@ -58,7 +63,9 @@ class Findings:
     traces: list[Trace] = field(default_factory=list)  # what training shows
     suspicious: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)  # what training would refuse
-    examples: list[tuple[int, str | list[dict], list[int], list[tuple[str, list[int]]]]] = field(default_factory=list)
+    examples: list[tuple[int, str | list[dict], list[int], list[tuple[Trace, list[int]]]]] = field(
+        default_factory=list
+    )
 
 
 def inspect_dataset(
@@ -72,13 +79,17 @@ def inspect_dataset(
     max_rows: int | None = None,
     num_examples: int = 1,
     console: Console | None = None,
+    tools: Tools | None = None,
+    processor: ProcessorMixin | None = None,
 ) -> Findings:
     """
     Does what training does with a dataset before and around a step, without the model. Reward models do not score
     here. Reads `max_rows` rows, keeps `num_examples` of them for display, and shows progress on `console`.
     """
     findings = Findings()
-    field_name = check_columns(dataset) if args.num_demonstrations > 0 else None
+    field_name = check_columns(dataset, processor is not None) if args.num_demonstrations > 0 else None
+    if tools is not None and tools.schemas and getattr(tokenizer, "response_template", None) is None:
+        add_response_schema(processor or tokenizer)  # as TRL will
     if max_rows is not None:
         dataset = dataset.take(max_rows)
     function = DemonstrationTokenizer(
@@ -87,6 +98,8 @@ def inspect_dataset(
         eos_token_ids,
         args.max_completion_length,
         chat_template_kwargs=args.chat_template_kwargs or {},
+        tools=tools or Tools(),
+        processor=processor,
     )
     total = len(dataset) if isinstance(dataset, Dataset) else max_rows
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
@@ -120,9 +133,7 @@ def _read_batch(rows, findings, function, args, max_prompt_length, num_examples)
     first, kept, prompt_ids = findings.num_rows, [], {}
     findings.num_rows += len(rows["prompt"])
     positions = range(len(rows["prompt"]))
-    for position, ids in _tokenize_prompts(
-        rows["prompt"], positions, first, function.tokenizer, args, findings.problems
-    ):
+    for position, ids in _tokenize_prompts(rows["prompt"], positions, first, function, findings.problems):
         if max_prompt_length is not None and len(ids) > max_prompt_length:
             findings.long_prompts.append((first + position, len(ids)))
             continue
@@ -141,15 +152,15 @@ def _read_batch(rows, findings, function, args, max_prompt_length, num_examples)
         row, seen, prompt = first + position, [], rows["prompt"][position]
         findings.num_traces.append(len(traces))
         hints = function.find_suspicious(prompt, rows[function.field_name][position], row) if traces else {}
-        for name, ids in traces:
-            trace = Trace(row, name.partition(": ")[2].strip("`"), len(ids))
+        for name, ids, turns, given in traces:
+            trace = Trace(row, name.partition(": ")[2].strip("`"), len(ids), turns=turns, given=given)
             if len(ids) > args.max_completion_length:
                 findings.too_long.append(trace)
                 if args.demonstration_overflow == "error":
                     findings.problems.append(f"{name} has {len(ids)} tokens, and `demonstration_overflow` is 'error'.")
                 if args.demonstration_overflow != "truncate":
                     continue
-                ids = ids[: args.max_completion_length]
+                ids = ids[: turns.end_before(args.max_completion_length) if turns else args.max_completion_length]
             if ids in seen:
                 findings.repeated.append(trace)
                 continue
@@ -162,43 +173,50 @@ def _read_batch(rows, findings, function, args, max_prompt_length, num_examples)
         elif not seen:
             findings.all_dropped.append(row)
         if seen and len(findings.examples) < num_examples:
-            names = [trace.name for place, trace, _ in shown if place == position]
-            example = list(zip(names, seen, strict=True))
+            example = [(trace, ids) for place, trace, ids in shown if place == position]
             findings.examples.append((row, prompt, prompt_ids[position], example))
     findings.traces += [trace for _, trace, _ in shown]
+    environments = rows.get("environment")
     completions = [
-        decode_completion(function.tokenizer, rows["prompt"][position], prompt_ids[position], ids)
-        for position, _, ids in shown
+        decode_completion(
+            *(function.tokenizer, rows["prompt"][position], prompt_ids[position], ids, trace.turns),
+            tools=function.tools.options(environments and environments[position]).get("tools"),
+        )
+        for position, trace, ids in shown
     ]
     return shown, completions
 
 
-def _tokenize_prompts(prompts, positions, first, tokenizer, args, problems) -> Iterator[tuple[int, list[int]]]:
+def _tokenize_prompts(prompts, positions, first, function, problems) -> Iterator[tuple[int, list[int]]]:
     """For each usable prompt its position and its ids. A bad one is a problem, and others go on."""
     try:
         for position in positions:
             check_prompt(prompts[position], first + position)
-        ids = tokenize_prompts(tokenizer, [prompts[position] for position in positions], args.chat_template_kwargs)
+        options = {**function.tools.options(None), **function.chat_template_kwargs}
+        ids = tokenize_prompts(function.tokenizer, [prompts[position] for position in positions], options)
     except Exception as error:  # a chat template may raise anything
         if len(positions) == 1:
             problems.append(_with_row(error, first + positions[0]))
             return
         for position in positions:
-            yield from _tokenize_prompts(prompts, [position], first, tokenizer, args, problems)
+            yield from _tokenize_prompts(prompts, [position], first, function, problems)
         return
     yield from zip(positions, ids, strict=True)
 
 
-def _tokenize(rows, kept, first, function, problems) -> Iterator[tuple[int, list[tuple[str, list[int]]]]]:
-    """For each usable row its position, and its traces by name and ids. A bad row is a problem, and others go on."""
-    names = [name for name in ("prompt", function.field_name, "demonstration_logprobs") if name in rows]
+def _tokenize(rows, kept, first, function, problems) -> Iterator[tuple[int, list[tuple]]]:
+    """For each usable row its position, and its traces: name, ids, turns and given rewards. A bad row is a problem."""
+    names = [name for name in ("prompt", function.field_name, *_READ_BESIDE) if name in rows]
     batch = {name: [rows[name][position] for position in kept] for name in names}
     traces: dict[int, list] = {position: [] for position in kept}
     try:
-        for place, number, name, ids, _ in function.tokenize(batch, [first + position for position in kept]):
+        for place, number, name, ids, turns in function.tokenize(batch, [first + position for position in kept]):
             if "demonstration_logprobs" in batch:
                 function.check_logprobs(batch["demonstration_logprobs"][place], number, len(ids), name)
-            traces[kept[place]].append((name, ids))
+            given = None
+            if "demonstration_rewards" in batch:
+                given = function.check_scores(batch["demonstration_rewards"][place], number, name)
+            traces[kept[place]].append((name, ids, turns, given))
     except ValueError as error:
         if len(kept) == 1:
             problems.append(str(error))
@@ -215,6 +233,15 @@ def _with_row(error: Exception, row: int) -> str:
 
 def _score(rows, shown, completions, args, reward_funcs, problems):
     """Rewards of the traces, from functions that are called as TRL calls them."""
+    weights = args.reward_weights or [1.0] * len(reward_funcs)
+    for _, trace, _ in shown:
+        if trace.given is not None:
+            trace.rewards = trace.given * (len(reward_funcs) if len(trace.given) == 1 else 1)
+            pairs = [(w, r) for w, r in zip(weights, trace.rewards, strict=False) if r is not None]
+            trace.total = sum(w * r for w, r in pairs) if pairs else math.nan
+            trace.reason = "" if trace.total > 0 else f"`demonstration_rewards` gives {trace.given}"
+    of_functions = [i for i, (_, trace, _) in enumerate(shown) if trace.given is None]
+    shown, completions = ([values[i] for i in of_functions] for values in (shown, completions))
     if not shown:
         return
     prompts = [rows["prompt"][position] for position, _, _ in shown]
@@ -223,7 +250,6 @@ def _score(rows, shown, completions, args, reward_funcs, problems):
         for name, values in rows.items()
         if name not in ("prompt", "completion", "completion_ids")
     }
-    weights = args.reward_weights or [1.0] * len(reward_funcs)
     for number, reward_func in enumerate(reward_funcs):
         if isinstance(reward_func, str):  # a reward model
             continue

@@ -12,6 +12,7 @@ import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -47,6 +48,12 @@ class Turns:
         for start, end in self.spans:
             mask[start:end] = [1] * (min(end, length) - start)
         return mask
+
+    def parts(self, length: int) -> list[tuple[bool, int, int]]:
+        """The first tokens of the trace in parts: whether it was acted, and where it begins and ends."""
+        borders = [border for span in self.spans for border in span]
+        parts = [(i % 2 == 0, *pair) for i, pair in enumerate(pairwise(borders))]
+        return [(acted, start, min(end, length)) for acted, start, end in parts if start < min(end, length)]
 
     def end_before(self, length: int) -> int:
         """How many tokens the turns have that fit into a length, or the length where not even the first does."""
@@ -141,7 +148,7 @@ class Tools:
         """What the chat template is given for a row."""
         options: dict[str, Any] = {}
         if self.schemas:
-            options["tools"] = self.schemas[environment if environment in self.schemas else None] or None
+            options["tools"] = self.schemas.get(environment, self.schemas.get(None)) or None
         if self.chat_template is not None:
             options["chat_template"] = self.chat_template
         return options

@@ -20,11 +20,11 @@ from statistics import mean, median
 import yaml
 from rich.console import Console
 from rich.text import Text
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoProcessor, ProcessorMixin
 from trl import ModelConfig, get_peft_config
 
 from ..arguments import Parser
-from ..checks import reward_name
+from ..checks import reward_name, tokenizer_of
 from ..cli import PACKAGE
 from ..data import load_data
 from ..demonstrations import find_eos_token_ids, load_generation_config
@@ -33,10 +33,11 @@ from ..estimates import model_from_config, training_memory
 from ..inspection import Findings, Trace, inspect_dataset, sources_of_prompt
 from ..luffy_config import LuffyConfig
 from ..options import described
-from .train import LuffyScriptArguments, get_reward_funcs
+from ..turns import Tools
+from .train import LuffyScriptArguments, get_reward_funcs, get_tools
 
 
-_STYLES = {"prompt": "cyan", "template": "magenta", "trace": "green", "end": "bold red"}
+_STYLES = {"prompt": "cyan", "template": "magenta", "trace": "green", "answer": "yellow", "end": "bold red"}
 _ZERO_STAGES = {"FSDP": 3, "DEEPSPEED": None, "MULTI_GPU": 0, "NO": 0}
 
 
@@ -175,10 +176,12 @@ def write_report(
         else:
             for kind, text in sources_of_prompt(tokenizer, prompt, prompt_ids):
                 printer.part(kind, text)
-        for name, ids in traces:
-            printer.line(f"  {name}: {len(ids)} tokens", "bold")
+        for trace, ids in traces:
+            printer.line(f"  {trace.name}: {len(ids)} tokens", "bold")
             ends = ids[-1] in eos_token_ids
-            printer.ids(tokenizer, "trace", ids[:-1] if ends else ids)
+            length = len(ids) - ends
+            for is_acted, start, end in trace.turns.parts(length) if trace.turns else [(True, 0, length)]:
+                printer.ids(tokenizer, "trace" if is_acted else "answer", ids[start:end])
             if ends:
                 printer.part("end", tokenizer.decode(ids[-1:]))
             else:
@@ -331,7 +334,9 @@ def main(args: list[str] | None = None) -> int:
     reward_funcs = get_reward_funcs(script_args)
     options = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
     with loading_model(model_args.model_name_or_path):
-        tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, **options)
+        processing_class = AutoProcessor.from_pretrained(model_args.model_name_or_path, **options)
+    tokenizer = tokenizer_of(processing_class)
+    of_run = Tools.of_run(processing_class, *get_tools(script_args))
     eos_token_ids = find_eos_token_ids(tokenizer, load_generation_config(model_args.model_name_or_path, **options))
     dataset = load_data(
         script_args.dataset_name,
@@ -349,6 +354,8 @@ def main(args: list[str] | None = None) -> int:
         max_rows=own_args.max_rows,
         num_examples=own_args.num_examples,
         console=Console(stderr=True),
+        tools=of_run,
+        processor=processing_class if isinstance(processing_class, ProcessorMixin) else None,
     )
     printer = Printer(Console(highlight=False, soft_wrap=True), own_args.max_listed, own_args.max_tokens_shown)
     printer.line(f"{script_args.dataset_name} for {model_args.model_name_or_path}", "bold")

@@ -17,14 +17,23 @@ from collections.abc import Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from accelerate.logging import get_logger
-from transformers import AutoTokenizer
+from transformers import AutoProcessor, ProcessorMixin
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 from trl.rewards import accuracy_reward, reasoning_accuracy_reward, think_format_reward
 
 from ..arguments import Parser
-from ..checks import check_machine, check_model, check_reward_columns, check_vllm_server, without_options
+from ..checks import (
+    check_acting,
+    check_machine,
+    check_model,
+    check_reward_columns,
+    check_vllm_server,
+    tokenizer_of,
+    without_options,
+)
 from ..data import load_data, without_long_prompts
 from ..demonstrations import find_eos_token_ids, load_generation_config
 from ..errors import TO_RESUME, in_one_line, in_one_line_if_interrupted, loading_model
@@ -35,6 +44,7 @@ from ..options import described, own_fields
 from ..printing import describe_memory, describe_model, describe_results, print_short_lines, set_up_output
 from ..processes import check_output_dir, start_script
 from ..rewards import math_verify_reward
+from ..turns import Tools
 
 
 logger = get_logger(__name__)
@@ -73,6 +83,10 @@ class LuffyScriptArguments(ScriptArguments):
             The `require_think` of `math_verify_reward`: an answer counts only behind `</think>`.
         reward_model_name_or_path (`str`, *optional*):
             A reward model to add to the reward functions.
+        tools (`list[str]`, *optional*):
+            Tools that the policy can call: the dotted paths of functions, such as `my_tools.multiply`.
+        environment_factory (`str`, *optional*):
+            The dotted path of a class of environments, such as `my_tools.Maze`.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
             Whether to delete the checkpoints of an earlier run in `output_dir`. Without it, and without
             `resume_from_checkpoint`, a run does not start where there are some.
@@ -87,6 +101,8 @@ class LuffyScriptArguments(ScriptArguments):
     reward_funcs: list[str] = field(default_factory=lambda: ["math_verify_reward"])
     require_think: bool = False
     reward_model_name_or_path: str | None = None
+    tools: list[str] | None = None
+    environment_factory: str | None = None
     overwrite_output_dir: bool = False
     print_all_metrics: bool = False
 
@@ -112,6 +128,25 @@ def _import_module(name: str) -> ModuleType:
         return importlib.import_module(name)
 
 
+def load_object(name: str, option: str) -> Any:
+    """A function or class, from its dotted path."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        return getattr(_import_module(module), attribute)
+    except (ValueError, ModuleNotFoundError, AttributeError) as error:
+        raise ValueError(
+            f"`{option}`: {name!r} cannot be loaded: {error}. It is a function's name behind that of its module, "
+            f"which is looked for in the current folder, {os.getcwd()}, and in what is installed."
+        ) from error
+
+
+def get_tools(args: LuffyScriptArguments) -> tuple[list | None, Any]:
+    """The tools and the environment that the arguments name."""
+    tools = [load_object(name, "tools") for name in args.tools or []] or None
+    factory = args.environment_factory
+    return tools, factory and load_object(factory, "environment_factory")
+
+
 def get_reward_funcs(args: LuffyScriptArguments) -> list:
     """The reward functions and models that the arguments name."""
     reward_funcs = []
@@ -119,14 +154,7 @@ def get_reward_funcs(args: LuffyScriptArguments) -> list:
         if name in REWARD_FUNCS:
             reward_func = REWARD_FUNCS[name]
         elif "." in name:
-            module, _, attribute = name.rpartition(".")
-            try:
-                reward_func = getattr(_import_module(module), attribute)
-            except (ModuleNotFoundError, AttributeError) as error:
-                raise ValueError(
-                    f"`reward_funcs`: {name!r} cannot be loaded: {error}. It is a function's name behind that of its "
-                    f"module, which is looked for in the current folder, {os.getcwd()}, and in what is installed."
-                ) from error
+            reward_func = load_object(name, "reward_funcs")
         else:
             raise ValueError(
                 f"Unknown reward function {name!r}. Choose from {', '.join(REWARD_FUNCS)}, or give the dotted path of "
@@ -145,7 +173,15 @@ def get_reward_funcs(args: LuffyScriptArguments) -> list:
     return reward_funcs
 
 
-def check_first_rows(dataset, tokenizer, training_args: LuffyConfig, model_args: ModelConfig, reward_funcs: list):
+def check_first_rows(
+    dataset,
+    tokenizer,
+    training_args: LuffyConfig,
+    model_args: ModelConfig,
+    reward_funcs: list,
+    tools: Tools,
+    processor,
+):
     """Scores the traces of the first rows: data that no reward function likes is found before the model is loaded."""
     generation_config = load_generation_config(
         model_args.model_name_or_path,
@@ -153,7 +189,16 @@ def check_first_rows(dataset, tokenizer, training_args: LuffyConfig, model_args:
         trust_remote_code=training_args.trust_remote_code,
     )
     eos_token_ids = find_eos_token_ids(tokenizer, generation_config)
-    findings = inspect_dataset(dataset, tokenizer, eos_token_ids, training_args, reward_funcs, max_rows=_ROWS_SCORED)
+    findings = inspect_dataset(
+        dataset,
+        tokenizer,
+        eos_token_ids,
+        training_args,
+        reward_funcs,
+        max_rows=_ROWS_SCORED,
+        tools=tools,
+        processor=processor,
+    )
     if findings.problems:
         raise ValueError(findings.problems[0])
     traces = findings.traces
@@ -186,7 +231,7 @@ def main(script_args: LuffyScriptArguments, training_args: LuffyConfig, model_ar
         **(training_args.model_init_kwargs or {}),
     }
     with loading_model(model_args.model_name_or_path):
-        tokenizer = AutoTokenizer.from_pretrained(
+        processing_class = AutoProcessor.from_pretrained(
             model_args.model_name_or_path,
             revision=model_args.model_revision,
             trust_remote_code=training_args.trust_remote_code,
@@ -194,18 +239,26 @@ def main(script_args: LuffyScriptArguments, training_args: LuffyConfig, model_ar
             padding_side="left",
         )
 
+    processor = processing_class if isinstance(processing_class, ProcessorMixin) else None
+    tokenizer = tokenizer_of(processing_class)
+    tools, environment_factory = get_tools(script_args)
+    of_run = Tools.of_run(processing_class, tools, environment_factory)
+
     def load(name, split):
         dataset = load_data(name, split, script_args.dataset_config, script_args.dataset_streaming)
         if script_args.max_prompt_length is not None:
             dataset = without_long_prompts(
-                dataset, tokenizer, script_args.max_prompt_length, training_args.chat_template_kwargs
+                *(dataset, tokenizer, script_args.max_prompt_length),
+                {**of_run.options(None), **(training_args.chat_template_kwargs or {})},
             )
         return dataset
 
     train_dataset = load(script_args.dataset_name, script_args.dataset_train_split)
-    check_reward_columns(reward_funcs, train_dataset.column_names)
+    passed = {"environments"} if environment_factory else None
+    check_reward_columns(reward_funcs, train_dataset.column_names, passed)
     if training_args.num_demonstrations > 0:
-        check_first_rows(train_dataset, tokenizer, training_args, model_args, reward_funcs)
+        check_acting(training_args, train_dataset.column_names, tools, environment_factory)
+        check_first_rows(train_dataset, tokenizer, training_args, model_args, reward_funcs, of_run, processor)
     eval_dataset = None
     if training_args.eval_strategy != "no":
         if script_args.eval_dataset_names:
@@ -223,7 +276,9 @@ def main(script_args: LuffyScriptArguments, training_args: LuffyConfig, model_ar
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        processing_class=tokenizer,
+        processing_class=processing_class,
+        tools=tools,
+        environment_factory=environment_factory,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
