@@ -387,7 +387,9 @@ class DemonstrationTokenizer:
         try:
             options = {**self.tools.options(self._environment), **kwargs, **self.chat_template_kwargs}
             if self.processor is not None:
-                messages = prepare_multimodal_messages(messages)
+                parts = [part for m in messages if isinstance(m.get("content"), list) for part in m["content"]]
+                places = [part for part in parts if part.get("type") == "image" and "image" not in part]
+                messages = prepare_multimodal_messages(messages, images=[None] * len(places))
             return (self.processor or self.tokenizer).apply_chat_template(messages, tokenize=False, **options)
         except Exception as error:  # a template may raise anything
             raise ValueError(

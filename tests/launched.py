@@ -356,6 +356,35 @@ def rebatched(output_dir):
     return results
 
 
+def acts(output_dir, config="always"):
+    """Groups of 4, half of each on a process; only the rollouts of the second process call tools, and two times."""
+    from test_acting import CALL, ROWS, make_trainer, play
+
+    rank = int(os.environ["RANK"])
+    trainer = make_trainer(output_dir / "out", ROWS, per_device_train_batch_size=2)
+    trainer.model.generation_config.max_new_tokens = 2
+    if rank == 0:
+        turns = [["no"], *[["spare"]] * 2]
+    else:
+        turns = [[CALL, CALL], [CALL, "24"], ["It is 24."]]
+    asked = play(trainer, *turns)
+    trainer.train()
+    log = next(log for log in trainer.state.log_history if "loss" in log)
+    return {"asked": [len(rows) for rows in asked], "log": log}
+
+
+def sees(output_dir, make="make_qwen", **options):
+    """Prompts with one image or two, of several sizes."""
+    import tiny_vision
+    from test_vision import make_trainer, rows_with
+
+    rows = rows_with()
+    rewards = tiny.share_of_digits
+    trainer = make_trainer(output_dir / "out", getattr(tiny_vision, make), rows, rewards=rewards, **options)
+    trainer.train()
+    return [(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "grad_norm" in log]
+
+
 def several(output_dir, scenarios):
     """Other functions, one after the other: what starting the processes costs is paid once."""
     return {name: globals()[function](output_dir / name, **kwargs) for name, (function, kwargs) in scenarios.items()}

@@ -304,3 +304,17 @@ def test_rewards_of_traces_that_are_none(tmp_path, value):
     rows = [{"prompt": "1+1=", "demonstrations": ["a", "b"], "demonstration_rewards": value}]
     with pytest.raises(ValueError, match=r"row 0: `demonstrations\[.\]` has no number in `demonstration_rewards`"):
         make_trainer(tmp_path, rows * 2, tools=())
+
+
+@pytest.mark.parametrize("config", [None, "zero3"])
+def test_processes_that_call_tools_differently_often(tmp_path, config):
+    """Sharded models sample together: who calls no tools takes part in the turns of the others. Nothing hangs."""
+    file = config and Path(__file__).parent.parent / "accelerate_configs" / f"{config}.yaml"
+    env = {"PRETEND": "1", "DS_ACCELERATOR": "cpu"} if config else {"ACCELERATE_USE_CPU": "true"}
+    ranks = tiny.launch("acts", tmp_path, config_file=file, env=env)
+    assert ranks[0]["asked"] == ([1, 1, 1] if config else [1])
+    assert ranks[1]["asked"] == [2, 2, 1]
+    for rank in ranks:
+        # The demonstration and one rollout say 24, and one says it after two calls
+        assert rank["log"]["demonstrations/reward"] == 1.0 and rank["log"]["reward"] == pytest.approx(2 / 3)
+        assert rank["log"]["tools/call_frequency"] == pytest.approx(3 / 3)

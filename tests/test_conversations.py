@@ -93,7 +93,7 @@ def test_the_command_line(tmp_path):
     assert "# Tools" in "".join(part[1] for part in parts if part[0] == "prompt")
 
     flags += ["--max_steps", "1", "--per_device_train_batch_size", "4", "--num_generations", "4"]
-    flags += ["--report_to", "none", "--output_dir", "out", "--save_strategy", "no"]
+    flags += ["--report_to", "none", "--output_dir", "out", "--save_strategy", "no", "--logging_steps", "1"]
     without = luffy("train", *flags, cwd=tmp_path)
     assert without.returncode == 1
     assert (

@@ -7,6 +7,7 @@ import tiny
 import tiny_vision
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from test_acting import capture
 from trl import GRPOConfig, GRPOTrainer
 
@@ -89,3 +90,96 @@ def test_loss_and_gradient(tmp_path, make, options):
     loss, norm = expected(trainer, make, made, rows)
     assert trainer.state.log_history[0]["loss"] == pytest.approx(loss, abs=1e-6)
     assert trainer.state.log_history[0]["grad_norm"] == pytest.approx(norm, rel=1e-3)
+
+
+@pytest.mark.parametrize("make", ["make_qwen", "make_llava"])
+def test_images_go_with_their_sequences_to_another_process(tmp_path, make):
+    """Cut again by length, and sent to where they belong, the loss and gradient are those of TRL's own cut."""
+    options = {"make": make, "per_device_train_batch_size": 4, "num_generations": 4, "loss_type": "dapo"}
+    scenarios = {
+        name: ("sees", {**options, **own})
+        for name, own in {
+            "trl": {"length_aware_batching": False},
+            "by length": {},
+            "budget": {"max_tokens_per_microbatch": 150},
+        }.items()
+    }
+    runs = tiny.launch_several(tmp_path, scenarios, env={"ACCELERATE_USE_CPU": "true"})
+    expected = torch.tensor(runs["trl"][0])
+    assert expected.abs().min() > 1e-4
+    for name in ("by length", "budget"):
+        for rank in runs[name]:
+            torch.testing.assert_close(torch.tensor(rank), expected, atol=2e-6, rtol=2e-4)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_without_traces_it_is_trls_own_to_the_bit(tmp_path, make):
+    weights = []
+    rows = rows_with(demonstrations=lambda i: [])
+    for cls, options in (
+        (GRPOTrainer, {}),
+        (LuffyTrainer, {"length_aware_batching": False, "ratio_clipping": "on_policy"}),
+    ):
+        given = (
+            rows if cls is LuffyTrainer else [{k: v for k, v in row.items() if k != "demonstrations"} for row in rows]
+        )
+        own = {"scale_rewards": "none", "loss_type": "dapo", "beta": 0.0, **options}
+        trainer = make_trainer(tmp_path / cls.__name__, make, given, cls, **own)
+        trainer.train()
+        weights.append({name: value.clone() for name, value in trainer.model.state_dict().items()})
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_failures_prefixes_adapters_and_the_reference(tmp_path, make):
+    """Everything at once: images of prefixes that the policy continues, old and reference passes, LoRA."""
+    options = {"demonstration_policy": "on_failure", "failure_threshold": 2.0, "prefix_ratio_min": 0.5}
+    options |= {"prefix_schedule": "fixed", "num_demonstrations": 2, "num_iterations": 2, "beta": 0.1, "max_steps": 2}
+    adapter = LoraConfig(target_modules=["q_proj", "v_proj"], r=2)
+    traces = rows_with(demonstrations=lambda i: [f"It is {i}.", f"It must be {i}."])
+    trainer = make_trainer(tmp_path, make, traces, peft_config=adapter, max_completion_length=40, **options)
+    made, completions = capture(trainer)
+    trainer.train()
+    assert sum(completion[0]["content"].startswith("It ") for completion in completions[-1]) == 4
+    assert "kl" in trainer.state.log_history[0] and "old_per_token_logps" in made[0]
+
+
+def test_prompts_that_say_where_images_are(tmp_path):
+    """The same tokens as where TRL finds them a place."""
+    images, trace = [tiny_vision.picture(0), tiny_vision.picture(1)], [{"role": "assistant", "content": "It is 0."}]
+    parts = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Which?"}]
+    rows = [
+        {"prompt": [{"role": "user", "content": content}], "images": images, "demonstrations": [trace]}
+        for content in (parts, "Which?")
+    ]
+    logs = []
+    for row in rows:
+        trainer = make_trainer(tmp_path, tiny_vision.make_qwen, [row] * 2, max_steps=1)
+        trainer.train()
+        logs.append(trainer.state.log_history[0])
+    assert logs[0]["demonstrations/prob"] == logs[1]["demonstrations/prob"] > 0
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "1+1="}, "row 0: `prompt` is a text, and images need chat messages"),
+        (
+            {"prompt": [{"role": "user", "content": [*[{"type": "image"}] * 2, {"type": "text", "text": "?"}]}]},
+            "row 0: `prompt` and its images do not match: ",
+        ),
+    ],
+)
+def test_images_without_a_place(tmp_path, row, message):
+    rows = [{"images": [tiny_vision.picture(0)], "demonstrations": ["2"], **row}] * 2
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, tiny_vision.make_qwen, rows)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"padding_free": True}, {"num_demonstrations": 0, "replay_ratio": 0.5, "per_device_train_batch_size": 8}],
+)
+def test_what_has_no_images_is_refused(tmp_path, options):
+    with pytest.raises(ValueError, match="is not supported with a multimodal processor"):
+        make_trainer(tmp_path, tiny_vision.make_qwen, rows_with(), **options)
