@@ -2,6 +2,13 @@
 
 """Demonstrations after prompts with images: two architectures with unlike tensors of images."""
 
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import tiny
 import tiny_vision
@@ -9,6 +16,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from test_acting import capture
+from test_cli import luffy
 from trl import GRPOConfig, GRPOTrainer
 
 from luffy_trl import LuffyConfig, LuffyTrainer
@@ -183,3 +191,16 @@ def test_images_without_a_place(tmp_path, row, message):
 def test_what_has_no_images_is_refused(tmp_path, options):
     with pytest.raises(ValueError, match="is not supported with a multimodal processor"):
         make_trainer(tmp_path, tiny_vision.make_qwen, rows_with(), **options)
+
+
+def test_the_example_from_the_command_line(tmp_path):
+    """`examples/vision` makes a model and data, and `luffy train` trains on them, with the processor of the model."""
+    root = Path(__file__).parent.parent
+    shutil.copytree(root / "examples" / "vision", tmp_path / "examples" / "vision")
+    script = tmp_path / "examples" / "vision" / "prepare.py"
+    subprocess.run([sys.executable, str(script)], cwd=tmp_path, check=True, capture_output=True)
+    command = re.search(r"luffy train (.*?)\n\"\"\"", script.read_text(), re.DOTALL)[1].replace("\\\n", " ").split()
+    result = luffy("train", *command, "--report_to", "none", "--logging_steps", "1", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    state = json.loads((tmp_path / "outputs" / "vision" / "run" / "trainer_state.json").read_text())
+    assert state["log_history"][0]["demonstrations/reward"] == 1.0
