@@ -1,10 +1,17 @@
 # Copyright 2026 The luffy-trl authors. Licensed under the Apache License, Version 2.0.
 
-"""How commands read their options: no abbreviations, and of a misspelled name the nearest is suggested."""
+"""
+How commands read their options: no abbreviations, and of a misspelled name the nearest is suggested; and what
+dotted paths name.
+"""
 
 import argparse
 import difflib
+import importlib
+import os
 import sys
+from types import ModuleType
+from typing import Any
 
 from trl import TrlParser
 
@@ -55,3 +62,26 @@ def suggestion(name: str, *parsers: argparse.ArgumentParser) -> str:
     begun = sorted((option for option in names if len(name) > 3 and option.startswith(name)), key=len)
     nearest = begun or difflib.get_close_matches(name, names, n=1)
     return f" Did you mean `{nearest[0]}`?" if nearest else ""
+
+
+def _import_module(name: str) -> ModuleType:
+    """A module that is installed, or else one of the current folder, which is searched for nothing before that."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if os.getcwd() in sys.path or error.name not in (name, name.partition(".")[0]):
+            raise
+        sys.path.append(os.getcwd())
+        return importlib.import_module(name)
+
+
+def load_object(name: str, option: str) -> Any:
+    """A function or class, from its dotted path."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        return getattr(_import_module(module), attribute)
+    except (ValueError, ModuleNotFoundError, AttributeError) as error:
+        raise ValueError(
+            f"`{option}`: {name!r} cannot be loaded: {error}. It is a function's name behind that of its module, "
+            f"which is looked for in the current folder, {os.getcwd()}, and in what is installed."
+        ) from error

@@ -13,6 +13,7 @@ import json
 import math
 import re
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -899,6 +900,14 @@ def tokenize_prompts(
     return encode(tokenizer, texts, add_special_tokens=False in kinds)
 
 
+def _labels(ids: list[int], turns: str | None) -> list[int]:
+    """The labels of a trace: -100 on what tools have answered."""
+    if not turns:
+        return ids
+    mask = Turns.from_json(turns).mask(len(ids))
+    return [token_id if acted else -100 for token_id, acted in zip(ids, mask, strict=True)]
+
+
 def to_supervised(
     dataset: Dataset | IterableDataset,
     tokenizer: PreTrainedTokenizerBase,
@@ -923,17 +932,16 @@ def to_supervised(
 
     def expand(rows):
         all_prompt_ids = tokenize_prompts(tokenizer, rows["prompt"], chat_template_kwargs)
+        columns = (rows[name] for name in ("demonstration_ids", "demonstration_turns", "demonstration_row"))
         shown = [
-            (prompt_ids, ids, number)
-            for prompt_ids, traces, number in zip(
-                all_prompt_ids, rows["demonstration_ids"], rows["demonstration_row"], strict=True
-            )
-            for ids in traces
+            (prompt_ids, ids, _labels(ids, written), number)
+            for prompt_ids, traces, turns, number in zip(all_prompt_ids, *columns, strict=True)
+            for ids, written in zip_longest(traces, turns)
         ]
         return {
-            "input_ids": [prompt_ids + ids for prompt_ids, ids, _ in shown],
-            "labels": [[-100] * len(prompt_ids) + ids for prompt_ids, ids, _ in shown],
-            "demonstration_row": [number for _, _, number in shown],
+            "input_ids": [prompt_ids + ids for prompt_ids, ids, _, _ in shown],
+            "labels": [[-100] * len(prompt_ids) + labels for prompt_ids, _, labels, _ in shown],
+            "demonstration_row": [number for _, _, _, number in shown],
         }
 
     names = dataset.column_names or list(next(iter(dataset)))

@@ -10,9 +10,11 @@ import tiny
 from datasets import Dataset, load_dataset
 from test_acting import TEMPLATE
 from test_cli import luffy
-from test_turns import PROMPT
+from test_turns import PROMPT, multiply
 
 from luffy_trl.data.conversations import to_demonstration
+from luffy_trl.demonstrations import to_supervised, tokenize_demonstrations
+from luffy_trl.turns import Tools
 
 
 OPENAI = [
@@ -109,3 +111,37 @@ def test_the_command_line(tmp_path):
     assert log["demonstrations/reward"] == 1.0
     assert load_dataset("json", data_files=str(tmp_path / "data.jsonl"), split="train").num_rows == 4
     assert Path(tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_sft_learns_what_was_acted(tmp_path):
+    """Not what tools have answered; the command takes tools too."""
+    tokenizer = tiny.make_tokenizer(TEMPLATE)
+    dataset = Dataset.from_list([to_demonstration({"messages": OPENAI}, 0), {"prompt": PROMPT, "demonstrations": []}])
+    tools = Tools.of_run(tokenizer, [multiply], None)
+    tokens = tokenize_demonstrations(dataset, tokenizer, [tokenizer.eos_token_id], 1000, tools=tools)
+    (row,) = to_supervised(tokens, tokenizer, tools.options(None))
+    assert "# Tools" in tokenizer.decode(row["input_ids"])
+    learned = tokenizer.decode([label for label in row["labels"] if label != -100])
+    called = '<tool_call>\n{"name": "multiply", "arguments": {"a": 2, "b": 3}}\n</tool_call><|im_end|>'
+    assert learned == f"{called}It is 24.<|im_end|>"
+
+    tiny.make_model(tokenizer, max_position_embeddings=2048).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    dataset.to_json(tmp_path / "data.jsonl")
+    (tmp_path / "my_tools.py").write_text(
+        'def multiply(a: int, b: int) -> int:\n    """\n    Multiplies.\n\n    Args:\n        a: One.\n'
+        '        b: Two.\n    """\n    return a * b\n'
+    )
+    flags = [
+        "--dataset_name",
+        "data.jsonl",
+        "--model_name_or_path",
+        "model",
+        "--output_dir",
+        "out",
+        "--max_steps",
+        "1",
+    ]
+    flags += ["--max_steps", "1", "--use_cpu", "true", "--bf16", "false", "--report_to", "none"]
+    result = luffy("sft", *flags, "--tools", "my_tools.multiply", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr

@@ -24,7 +24,7 @@ from trl import (
     get_quantization_config,
 )
 
-from ..arguments import Parser
+from ..arguments import Parser, load_object
 from ..checks import check_machine, check_model
 from ..data import load_data, without_long_prompts
 from ..demonstrations import (
@@ -37,6 +37,7 @@ from ..errors import TO_RESUME, in_one_line, in_one_line_if_interrupted, loading
 from ..options import described, explained_arguments, own_fields
 from ..printing import describe_memory, describe_model, describe_results, print_short_lines, set_up_output
 from ..processes import check_output_dir, start_script
+from ..turns import Tools
 
 
 @described
@@ -57,6 +58,8 @@ class SFTScriptArguments(ScriptArguments):
             What happens to a longer trace: `"drop"`, `"truncate"` (no end-of-sequence token is appended) or `"error"`.
         chat_template_kwargs (`dict`, *optional*):
             Passed to the chat template, as by [`LuffyConfig`].
+        tools (`list[str]`, *optional*):
+            Tools that the traces call: the dotted paths of functions, such as `my_tools.multiply`.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
             Whether to delete the checkpoints of an earlier run in `output_dir`. Without it, and without
             `resume_from_checkpoint`, a run does not start where there are some.
@@ -68,6 +71,7 @@ class SFTScriptArguments(ScriptArguments):
     max_completion_length: int = 8192
     demonstration_overflow: Literal["drop", "truncate", "error"] = "drop"
     chat_template_kwargs: dict | str | None = None
+    tools: list[str] | None = None
     overwrite_output_dir: bool = False
     print_all_metrics: bool = False
 
@@ -117,7 +121,9 @@ def main(script_args: SFTScriptArguments, training_args: TraceSFTConfig, model_a
         tokenizer, load_generation_config(model_args.model_name_or_path, **load_options)
     )
 
-    chat_template_kwargs: Any = script_args.chat_template_kwargs  # parsed by now
+    tools = Tools.of_run(tokenizer, [load_object(name, "tools") for name in script_args.tools or []], None)
+    own_kwargs: Any = script_args.chat_template_kwargs  # parsed by now
+    chat_template_kwargs = {**tools.options(None), **(own_kwargs or {})}
 
     def load(split):
         dataset = load_data(script_args.dataset_name, split, script_args.dataset_config, script_args.dataset_streaming)
@@ -128,7 +134,8 @@ def main(script_args: SFTScriptArguments, training_args: TraceSFTConfig, model_a
             eos_token_ids,
             max_length=script_args.max_completion_length,
             overflow=script_args.demonstration_overflow,
-            chat_template_kwargs=chat_template_kwargs,
+            chat_template_kwargs=own_kwargs,
+            tools=tools,
         )
         return to_supervised(dataset, tokenizer, chat_template_kwargs)
 

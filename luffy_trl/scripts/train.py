@@ -10,13 +10,9 @@ there may be several evaluation sets; and an argument that nobody knows is an er
 """
 
 import functools
-import importlib
-import os
-import sys
 from collections.abc import Sized
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from accelerate.logging import get_logger
@@ -24,7 +20,7 @@ from transformers import AutoProcessor, ProcessorMixin
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 from trl.rewards import accuracy_reward, reasoning_accuracy_reward, think_format_reward
 
-from ..arguments import Parser
+from ..arguments import Parser, load_object
 from ..checks import (
     check_acting,
     check_machine,
@@ -115,29 +111,6 @@ class LuffyScriptArguments(ScriptArguments):
             raise ValueError(
                 f"`eval_dataset_names` has two that are called {max(stems, key=stems.count)!r} in the log. Rename one."
             )
-
-
-def _import_module(name: str) -> ModuleType:
-    """A module that is installed, or else one of the current folder, which is searched for nothing before that."""
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if os.getcwd() in sys.path or error.name not in (name, name.partition(".")[0]):
-            raise
-        sys.path.append(os.getcwd())
-        return importlib.import_module(name)
-
-
-def load_object(name: str, option: str) -> Any:
-    """A function or class, from its dotted path."""
-    module, _, attribute = name.rpartition(".")
-    try:
-        return getattr(_import_module(module), attribute)
-    except (ValueError, ModuleNotFoundError, AttributeError) as error:
-        raise ValueError(
-            f"`{option}`: {name!r} cannot be loaded: {error}. It is a function's name behind that of its module, "
-            f"which is looked for in the current folder, {os.getcwd()}, and in what is installed."
-        ) from error
 
 
 def get_tools(args: LuffyScriptArguments) -> tuple[list | None, Any]:
