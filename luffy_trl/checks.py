@@ -113,6 +113,11 @@ def check_acting(args: LuffyConfig, columns: list[str] | None, tools: Any, envir
             )
     if not environment_factory or args.num_demonstrations == 0:
         return
+    if isinstance(environment_factory, dict) and len(environment_factory) > 1:
+        raise ValueError(
+            "`environment_factory` with several environments is not supported together with demonstrations: of the "
+            "rewards of a trace it is not known which environment they are of. Train them one after the other."
+        )
     if args.prefix_ratio_min < 1:
         raise ValueError(
             f"`prefix_ratio_min={args.prefix_ratio_min}` with `environment_factory`: no environment is in the state "

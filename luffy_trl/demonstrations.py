@@ -123,7 +123,9 @@ class DemonstrationTokenizer:
             if has_logprobs:
                 logps = self.check_logprobs(rows["demonstration_logprobs"][position], number, len(ids), name)
             if has_scores:
-                scores = self.check_scores(rows["demonstration_rewards"][position], number, name)
+                scores = self.check_scores(
+                    *(rows["demonstration_rewards"][position], number, name, len(rows[self.field_name][position]))
+                )
             if len(ids) > self.max_length:
                 if self.overflow == "error":
                     raise ValueError(
@@ -134,8 +136,13 @@ class DemonstrationTokenizer:
                     dropped[position] += 1
                     continue
                 ids = ids[: turns.end_before(self.max_length) if turns else self.max_length]
-            if ids in demonstration_ids[position]:
-                continue  # the traces of a group are distinct
+            if ids in demonstration_ids[position]:  # the traces of a group are distinct
+                if (
+                    scores is not None
+                    and scores != demonstration_scores[position][demonstration_ids[position].index(ids)]
+                ):
+                    raise ValueError(f"{name} is there twice, with other `demonstration_rewards`. Remove one of them.")
+                continue
             demonstration_ids[position].append(ids)
             if logps is not None:
                 demonstration_logps[position].append(logps[: len(ids)])
@@ -178,6 +185,16 @@ class DemonstrationTokenizer:
             self._environment = rows["environment"][position] if "environment" in rows else None
             if self.processor is not None:
                 prompt = self._with_images(prompt, count_images(rows, position), index)
+                if {"image", "images"} & rows.keys() and count_images(rows, position) == 0:
+                    raise ValueError(
+                        f"row {index} has no image, and processors take none among rows that have some. Leave the row "
+                        "out, or train on it apart."
+                    )
+            if self.tools.schemas and not is_conversational({"prompt": prompt}):
+                raise ValueError(
+                    f"row {index}: `prompt` is a text, and tools are told to the policy in chat messages. Write it as "
+                    "`[{'role': 'user', 'content': ...}]`."
+                )
             for number, (trace, name) in enumerate(self._traces(rows[self.field_name][position], f"row {index}")):
                 if is_conversational({"prompt": prompt}) and isinstance(trace, list) and len(trace) > 1:
                     several.append((position, number, name, *self._tokenize_turns(prompt, trace, name)))
@@ -308,16 +325,16 @@ class DemonstrationTokenizer:
             )
         return value
 
-    def check_scores(self, value: Any, number: int, name: str) -> list[float | None]:
+    def check_scores(self, value: Any, number: int, name: str, num_traces: int) -> list[float | None]:
         """The rewards of trace `number` of a row: one, or one for each reward function."""
         if self.field_name == "demonstrations":
-            value = value[number] if isinstance(value, list) and number < len(value) else None
+            value = value[number] if isinstance(value, list) and len(value) == num_traces else None
         scores = value if isinstance(value, list) else [value]
         is_number = [score is None or (isinstance(score, float | int) and math.isfinite(score)) for score in scores]
         if value is None or not scores or not all(is_number):
             raise ValueError(
                 f"{name} has no number in `demonstration_rewards`, got {str(value)[:100]!r}. Give each trace a "
-                "reward, or a list with one for each reward function, or remove the column."
+                "reward, and as many as there are traces, or a list with one for each reward function, or remove the column."
             )
         return scores
 

@@ -215,7 +215,9 @@ def _tokenize(rows, kept, first, function, problems) -> Iterator[tuple[int, list
                 function.check_logprobs(batch["demonstration_logprobs"][place], number, len(ids), name)
             given = None
             if "demonstration_rewards" in batch:
-                given = function.check_scores(batch["demonstration_rewards"][place], number, name)
+                given = function.check_scores(
+                    *(batch["demonstration_rewards"][place], number, name, len(batch[function.field_name][place]))
+                )
             traces[kept[place]].append((name, ids, turns, given))
     except ValueError as error:
         if len(kept) == 1:

@@ -258,9 +258,15 @@ def _read_call(call: Any, place: str, tool_names: set[str]) -> tuple[str | None,
             raise ValueError(f"{place}: `arguments` is no JSON: {error}. Got {arguments[:100]!r}.") from error
     if arguments is not None and not isinstance(arguments, dict):
         raise ValueError(f"{place}: `arguments` must be an object, got {str(arguments)[:100]!r}.")
-    # Arrow gives each call the arguments of all others, as None
-    arguments = {key: value for key, value in (arguments or {}).items() if value is not None}
+    if not isinstance(function.get("arguments"), str):  # Arrow gives each call the arguments of all others, as None
+        arguments = _without_none(arguments or {})
     return call.get("id"), {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(own) for key, own in value.items() if own is not None}
+    return [_without_none(own) for own in value] if isinstance(value, list) else value
 
 
 def answer_ids(

@@ -299,7 +299,7 @@ def test_rewards_of_traces_from_the_dataset(tmp_path):
         trainer.train()
 
 
-@pytest.mark.parametrize("value", [[None], ["a"], [[]], [1.0], [float("inf"), 1.0], 1.0])
+@pytest.mark.parametrize("value", [[None] * 2, ["a"] * 2, [[]] * 2, [1.0], [1.0] * 3, [float("inf"), 1.0], 1.0])
 def test_rewards_of_traces_that_are_none(tmp_path, value):
     rows = [{"prompt": "1+1=", "demonstrations": ["a", "b"], "demonstration_rewards": value}]
     with pytest.raises(ValueError, match=r"row 0: `demonstrations\[.\]` has no number in `demonstration_rewards`"):
@@ -318,3 +318,23 @@ def test_processes_that_call_tools_differently_often(tmp_path, config):
         # The demonstration and one rollout say 24, and one says it after two calls
         assert rank["log"]["demonstrations/reward"] == 1.0 and rank["log"]["reward"] == pytest.approx(2 / 3)
         assert rank["log"]["tools/call_frequency"] == pytest.approx(3 / 3)
+
+
+def test_rewards_of_equal_traces_and_of_traces_that_are_cut(tmp_path):
+    rows = [{"prompt": "1+1=", "demonstrations": ["a", "a"], "demonstration_rewards": [0.0, 1.0]}] * 2
+    with pytest.raises(ValueError, match=r"`demonstrations\[1\]` is there twice, with other `demonstration_rewards`"):
+        make_trainer(tmp_path, rows, tools=())
+    with pytest.raises(
+        ValueError, match="`demonstration_overflow='truncate'` with the column `demonstration_rewards`"
+    ):
+        make_trainer(tmp_path, rows, tools=(), demonstration_overflow="truncate")
+
+
+def test_several_environments_and_texts_are_refused(tmp_path):
+    rows = [{"prompt": "1+1=", "demonstrations": ["a"], "demonstration_rewards": [0.0]}] * 2
+    with pytest.raises(ValueError, match="`environment_factory` with several environments is not supported"):
+        make_trainer(tmp_path, rows, tools=(), environment_factory={"a": Counter, "b": Counter})
+    with pytest.raises(
+        ValueError, match="row 0: `prompt` is a text, and tools are told to the policy in chat messages"
+    ):
+        make_trainer(tmp_path, rows)

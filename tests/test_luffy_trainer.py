@@ -1267,6 +1267,7 @@ def test_the_arguments_are_those_of_grpo_trainer():
         ("_get_grad_norm", ["self", "model", "grad_norm"]),
         ("get_batch_samples", ["self", "epoch_iterator", "num_batches", "device"]),
         ("_save_checkpoint", ["self", "model", "trial"]),
+        ("_load_from_checkpoint", ["self", "resume_from_checkpoint", "model"]),
         (
             "_init_training_state",
             [

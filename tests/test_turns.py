@@ -265,3 +265,18 @@ def test_masks_and_borders():
     assert [turns.nearest_border(length) for length in (0, 2, 3, 6, 7, 8, 10)] == [0, 0, 5, 5, 5, 9, 10]
     assert [turns.end_before(length) for length in (2, 3, 7, 8, 9, 10)] == [2, 3, 3, 8, 8, 10]
     assert Turns.from_json(turns.to_json()) == turns
+
+
+def test_arguments_are_kept_as_they_are():
+    """Arrow adds None to objects, also within others; a text is what it is."""
+
+    def arguments(value):
+        calls = [{"function": {"name": "multiply", "arguments": value}}]
+        ((turn, _), _) = read_turns([{**TRACE[0], "tool_calls": calls}, answer("6"), TRACE[-1]], "x", {"multiply"})
+        return turn["tool_calls"][0]["function"]["arguments"]
+
+    assert arguments({"a": {"x": 1, "y": None}, "b": [{"c": None, "d": 2}], "e": None}) == {
+        "a": {"x": 1},
+        "b": [{"d": 2}],
+    }
+    assert arguments('{"a": 1, "b": null}') == {"a": 1, "b": None}

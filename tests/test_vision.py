@@ -204,3 +204,22 @@ def test_the_example_from_the_command_line(tmp_path):
     assert result.returncode == 0, result.stderr
     state = json.loads((tmp_path / "outputs" / "vision" / "run" / "trainer_state.json").read_text())
     assert state["log_history"][0]["demonstrations/reward"] == 1.0
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_resumed_it_is_the_same_run(tmp_path, make):
+    """Models that see save their weights under other names than they have: all of them come back."""
+    options = {"max_steps": 4, "steps_per_generation": 4, "save_strategy": "steps", "save_steps": 2, "adam_beta2": 0.9}
+    weights = []
+    for resume in (None, True):
+        torch.manual_seed(0)
+        trainer = make_trainer(tmp_path, make, rows_with(), per_device_train_batch_size=4, **options)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2") if resume else None)
+        weights.append({name: value.clone() for name, value in trainer.model.state_dict().items()})
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_a_row_without_an_image(tmp_path):
+    rows = rows_with(num_images=lambda i: int(i != 2))
+    with pytest.raises(ValueError, match="row 2 has no image, and processors take none among rows that have some"):
+        make_trainer(tmp_path, tiny_vision.make_qwen, rows)

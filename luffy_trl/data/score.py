@@ -26,7 +26,13 @@ from transformers import (
 from trl.trainer.utils import pad, selective_log_softmax
 
 from ..arguments import Parser
-from ..demonstrations import find_eos_token_ids, load_generation_config, to_supervised, tokenize_demonstrations
+from ..demonstrations import (
+    check_columns,
+    find_eos_token_ids,
+    load_generation_config,
+    to_supervised,
+    tokenize_demonstrations,
+)
 from ..errors import in_one_line, loading_model
 from ..options import described
 from . import load_data
@@ -80,6 +86,7 @@ def score_demonstrations(
     Adds the column `demonstration_logprobs`: log pi_phi of each token of each trace, also of the token that ends it.
     `tokenizer` and `eos_token_ids` are those of the policy; `temperature` is what the teacher wrote with.
     """
+    check_columns(dataset)
     field_name = "demonstrations" if "demonstrations" in dataset.column_names else "completion"
     traces = [value if field_name == "demonstrations" else [value] for value in dataset[field_name]]
     counts = [len(value or []) if value != [None] else 0 for value in traces]

@@ -20,6 +20,7 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object, send_to_device
 from datasets import Dataset, IterableDataset
+from transformers import PreTrainedModel, ProcessorMixin
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
@@ -165,6 +166,17 @@ class ResumingTrainer(GRPOTrainer):
             self._load_kept(Path(resume_from_checkpoint) / _KEPT_BY_ALL)
             self._load_generation(Path(resume_from_checkpoint))
         return result
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        model = self.model if model is None else model
+        folder = Path(resume_from_checkpoint)
+        has_other_names = isinstance(self.processing_class, ProcessorMixin)  # models that see save under other names
+        is_complete = isinstance(model, PreTrainedModel) and not (folder / "adapter_config.json").exists()
+        if not (has_other_names and is_complete) or self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        # transformers would leave out, with a warning, what is not there under the names of the model
+        model.load_state_dict(type(model).from_pretrained(folder, dtype="auto").state_dict())
 
     def _kept_states(self) -> dict[str, dict[str, Any]]:
         states = {name: kept.state_dict() for name, kept in self.kept_by_all.items()}

@@ -349,15 +349,23 @@ def _kinds(rows: list[Row], run: Run) -> list[str]:
     return kinds
 
 
+def _calls(message: dict[str, Any]) -> str:
+    """The tool calls of a message; parquet gives each the arguments of all others, as None."""
+    calls = message.get("tool_calls")
+    functions = [call.get("function", call) for call in calls if call] if calls is not None else []
+    own = [{k: v for k, v in (function.get("arguments") or {}).items() if v is not None} for function in functions]
+    return "".join(f"\n[{f.get('name')}({json.dumps(a, default=str)})]" for f, a in zip(functions, own, strict=True))
+
+
 def _text(value: Any) -> str:
     """A prompt or completion as text; of messages, each behind its role."""
     if isinstance(value, str):
         return value
     if isinstance(value, list):
         if len(value) == 1 and isinstance(value[0], dict) and value[0].get("role") == "assistant":
-            return _text(value[0].get("content"))
+            return _text(value[0].get("content")) + _calls(value[0])
         parts = [
-            f"{item.get('role', '')}: {_text(item.get('content', item.get('text')))}"
+            f"{item.get('role', '')}: {_text(item.get('content', item.get('text')))}{_calls(item)}"
             if isinstance(item, dict) and "role" in item
             else _text(item.get("text") if isinstance(item, dict) else item)
             for item in value

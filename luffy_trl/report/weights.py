@@ -23,7 +23,8 @@ from ..losses import Denominators, TokenBatch
 from ..luffy_config import LuffyConfig
 from ..methods import Method
 from ..scripts.inspect_data import PlannedConfig
-from ..scripts.train import LuffyScriptArguments
+from ..scripts.train import LuffyScriptArguments, get_tools
+from ..turns import Tools
 from .reading import without_paths
 
 
@@ -120,6 +121,7 @@ def weigh_rows(name: str, before: str | None, num_rows: int, options: list[str])
         max_prompt_length=script_args.max_prompt_length,
         max_rows=max(_ROWS_READ, num_rows),
         num_examples=num_rows,
+        tools=Tools.of_run(tokenizer, *get_tools(script_args)),
     )
     if findings.problems or not findings.examples:
         reasons = [*findings.problems, f"No row of the first {findings.num_rows} has a trace that fits."]

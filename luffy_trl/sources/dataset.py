@@ -60,6 +60,11 @@ class DatasetSource:
         processor = tokenizer if isinstance(tokenizer, ProcessorMixin) else None
         self._tokenizer = tokenizer = tokenizer_of(tokenizer)
         columns = dataset.column_names or []
+        if self.args.demonstration_overflow == "truncate" and "demonstration_rewards" in columns:
+            raise ValueError(
+                "`demonstration_overflow='truncate'` with the column `demonstration_rewards`: a trace that is cut has "
+                "not earned what the complete one has. Set it to 'drop', or remove the column."
+            )
         if self.args.demonstration_choice == "comprehension" and columns and not {"answer", "solution"} & set(columns):
             raise ValueError(
                 "`demonstration_choice='comprehension'` measures the probability of the gold answer, and the dataset "
