@@ -333,8 +333,8 @@ class DemonstrationTokenizer:
         is_number = [score is None or (isinstance(score, float | int) and math.isfinite(score)) for score in scores]
         if value is None or not scores or not all(is_number):
             raise ValueError(
-                f"{name} has no number in `demonstration_rewards`, got {str(value)[:100]!r}. Give each trace a "
-                "reward, and as many as there are traces, or a list with one for each reward function, or remove the column."
+                f"{name} has no number in `demonstration_rewards`, got {str(value)[:100]!r}. Give as many as "
+                "there are traces, each a reward or a list with one for each reward function, or remove the column."
             )
         return scores
 
