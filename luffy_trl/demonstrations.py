@@ -237,8 +237,9 @@ class DemonstrationTokenizer:
         for turn, answers in turns:
             before, text, end_id = self._render_turn(history, turn, name, prompt)
             (turn_ids,) = self._tokenize([before], [text], add_special_tokens=False)
-            spans.append((len(ids), len(ids) + len(self._end_once(turn_ids, end_id, name))))
-            ids += self._end_once(turn_ids, end_id, name)
+            turn_ids = self._end_once(turn_ids, end_id, name)
+            spans.append((len(ids), len(ids) + len(turn_ids)))
+            ids += turn_ids
             if answers:
                 ids += self._answer_ids(answers, name)
             history += [turn, *answers]

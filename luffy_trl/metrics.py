@@ -225,11 +225,11 @@ def describe_rollouts(
 
 def describe_completions(completion_ids: list[list[int]], ends: set[int], batch: MixedBatch) -> dict[str, list]:
     """Columns of the completions table, with B values: the tokens of each, and whether it is a rollout without end."""
-    is_given = [shown is not None and shown.is_complete for shown in batch.demonstrations]
     return {
         "tokens": [len(ids) for ids in completion_ids],
         "truncated": [
-            not given and not ends.intersection(ids[-1:]) for ids, given in zip(completion_ids, is_given, strict=True)
+            not given and not ends.intersection(ids[-1:])
+            for ids, given in zip(completion_ids, batch.is_given, strict=True)
         ],
     }
 
