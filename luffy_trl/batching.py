@@ -251,7 +251,7 @@ OF_IMAGES = (
     "token_type_ids",
     "mm_token_type_ids",
 )
-_TYPES = ("token_type_ids", "mm_token_type_ids")  # as wide as prompt and completion
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")  # as wide as prompt and completion
 
 
 def resize(batch: dict[str, torch.Tensor | None], prompt: int, completion: int) -> dict[str, torch.Tensor | None]:
@@ -287,7 +287,7 @@ def images_by_row(batch: dict[str, Any]) -> dict[str, Any]:
     num_rows, width = len(batch["prompt_ids"]), batch["prompt_ids"].size(1)
     rows: dict[str, Any] = {}
     for key, value in split_pixel_values_by_grid(batch).items():
-        if key in _TYPES:
+        if key in TOKEN_TYPES:
             rows[f"prompt_{key}"], rows[f"completion_{key}"] = value[:, :width], value[:, width:]
         elif key in OF_IMAGES and isinstance(value, torch.Tensor):
             rows[key] = list(value.split(len(value) // num_rows))  # padded to as many images for each row
@@ -301,12 +301,12 @@ def images_together(batch: dict[str, Any]) -> dict[str, Any]:
     together: dict[str, Any] = {}
     for key, value in batch.items():
         name = key.removeprefix("prompt_")
-        if name in _TYPES:
+        if name in TOKEN_TYPES:
             together[name] = torch.cat([value, batch[f"completion_{name}"]], dim=1)
         elif isinstance(value, list) and isinstance(value[0], torch.Tensor):
             if any(len(of_row) for of_row in value):
                 together[key] = torch.cat(value)
-        elif key.removeprefix("completion_") not in _TYPES:
+        elif key.removeprefix("completion_") not in TOKEN_TYPES:
             together[key] = value
     return together
 
@@ -325,7 +325,7 @@ def with_all_keys(batch: dict[str, Any]) -> dict[str, Any]:
             if key not in batch:
                 empty = 0 if kind is None else torch.zeros(0, *kind[0], dtype=kind[1], device=device)
                 batch[key] = [empty] * num_rows
-    types = [name for name in _TYPES if f"prompt_{name}" in batch]
+    types = [name for name in TOKEN_TYPES if f"prompt_{name}" in batch]
     for name in set(sum(gather_object([types]), [])) - set(types):
         batch |= {f"{part}_{name}": torch.zeros_like(batch[f"{part}_ids"]) for part in ("prompt", "completion")}
     return dict(sorted(batch.items()))  # all processes exchange them in the same order

@@ -66,6 +66,8 @@ def check_arguments(
                 "`length_aware_batching=False`)."
             )
         check_acting(args, getattr(train_dataset, "column_names", None), tools, environment_factory)
+        if environment_factory is None:  # which may have a reward of its own
+            check_given_rewards(train_dataset, len(reward_funcs) if isinstance(reward_funcs, list) else 1)
     check_number_of_rows(train_dataset, args)
     if not args.is_plain_grpo:
         check_machine(args)
@@ -167,6 +169,24 @@ def check_reward_columns(reward_funcs: Any, columns: list[str] | None, also: set
                 f"The reward function `{name}` does not take `{min(refused)}`: it is called with all columns and "
                 "more. Add `**kwargs` to its parameters."
             )
+
+
+def check_given_rewards(dataset: Any, num_functions: int):
+    """Raises a `ValueError` if a trace has neither one reward of its own nor one for each reward function."""
+    if not isinstance(dataset, Dataset) or "demonstration_rewards" not in dataset.column_names:
+        return
+    has_several = "demonstrations" in dataset.column_names
+    for index, value in enumerate(dataset["demonstration_rewards"]):
+        for scores in value if has_several and isinstance(value, list) else [value]:
+            if isinstance(scores, list) and len(scores) not in (
+                0,
+                1,
+                num_functions,
+            ):  # 0 is refused where traces are read
+                raise ValueError(
+                    f"row {index}: `demonstration_rewards` has {len(scores)} numbers for a trace, and there are "
+                    f"{num_functions} reward functions. Give one number, or one for each function."
+                )
 
 
 def check_number_of_rows(dataset: Any, args: LuffyConfig):

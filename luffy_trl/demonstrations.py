@@ -33,7 +33,7 @@ from trl.chat_template_utils import parse_response
 from trl.data_utils import is_conversational, prepare_multimodal_messages
 
 from .errors import loading_model
-from .turns import Tools, Turns, answer_ids, read_turns
+from .turns import Tools, Turns, answer_ids, has_turns, read_turns
 
 
 logger = get_logger(__name__)
@@ -183,6 +183,11 @@ class DemonstrationTokenizer:
         for position, (index, prompt) in enumerate(zip(indices, rows["prompt"], strict=True)):
             check_prompt(prompt, index)
             self._environment = rows["environment"][position] if "environment" in rows else None
+            if self.tools.schemas and not {None, self._environment} & self.tools.schemas.keys():
+                raise ValueError(
+                    f"row {index}: `environment` is {self._environment!r}, and `environment_factory` has "
+                    f"{', '.join(map(repr, self.tools.schemas))}. Name one of these, or add the other."
+                )
             if self.processor is not None:
                 prompt = self._with_images(prompt, count_images(rows, position), index)
                 if {"image", "images"} & rows.keys() and count_images(rows, position) == 0:
@@ -196,7 +201,7 @@ class DemonstrationTokenizer:
                     "`[{'role': 'user', 'content': ...}]`."
                 )
             for number, (trace, name) in enumerate(self._traces(rows[self.field_name][position], f"row {index}")):
-                if is_conversational({"prompt": prompt}) and isinstance(trace, list) and len(trace) > 1:
+                if is_conversational({"prompt": prompt}) and isinstance(trace, list) and has_turns(trace):
                     several.append((position, number, name, *self._tokenize_turns(prompt, trace, name)))
                     continue
                 prompt_text, trace_text, end_id = self._render(prompt, trace, name)
@@ -256,8 +261,7 @@ class DemonstrationTokenizer:
         _, _, end_id = self._find_end_of_turn(history, name)
         text = without_doubled_think(before, turn["content"])
         names = [call["function"]["name"] for call in turn["tool_calls"]]
-        for context in (history, prompt):
-            start = self._apply_chat_template(context, name, add_generation_prompt=True)
+        for start, context in self._contexts(before, history, prompt, name).items():
             openings = [start]
             if opened := _OPENED_THINKING.search(start):  # templates may write a turn without thinking otherwise
                 openings += [f"{start[: opened.start()]}<think>", start[: opened.start()]]
@@ -332,7 +336,7 @@ class DemonstrationTokenizer:
             value = value[number] if isinstance(value, list) and len(value) == num_traces else None
         scores = value if isinstance(value, list) else [value]
         is_number = [score is None or (isinstance(score, float | int) and math.isfinite(score)) for score in scores]
-        if value is None or not scores or not all(is_number):
+        if set(scores) <= {None} or not all(is_number):
             raise ValueError(
                 f"{name} has no number in `demonstration_rewards`, got {str(value)[:100]!r}. Give as many as "
                 "there are traces, each a reward or a list with one for each reward function, or remove the column."
@@ -367,9 +371,7 @@ class DemonstrationTokenizer:
         text = without_doubled_think(prompt_text, content)
         if not text.strip():
             raise ValueError(f"{name} is empty. Remove it: a row without a trace has an empty list, or None.")
-        contexts = {prompt_text: prompt} if is_chat else {}
-        if first is not None and first is not prompt:
-            contexts[self._apply_chat_template(first, name, add_generation_prompt=True)] = first
+        contexts = self._contexts(prompt_text, prompt, first, name) if is_chat else {}
         for start, context in contexts.items():
             for message in _as_messages(text):
                 turn = self._apply_chat_template([*context, message], name)
@@ -377,6 +379,13 @@ class DemonstrationTokenizer:
                 if turn.startswith(start) and _shows(rendered, text, content):
                     return prompt_text, rendered + closing, end_id
         return prompt_text, text + closing, end_id
+
+    def _contexts(self, text: str, history: list[dict], prompt: list[dict] | None, name: str) -> dict[str, list[dict]]:
+        """What a turn may be rendered after, by its text: all that was before it, then the prompt alone."""
+        contexts = {text: history}
+        if prompt is not None and len(prompt) < len(history):
+            contexts[self._apply_chat_template(prompt, name, add_generation_prompt=True)] = prompt
+        return contexts
 
     def find_suspicious(self, prompt: str | list[dict], value: Any, index: int) -> dict[str, str]:
         """What looks wrong about the traces of row `index` that can be used nonetheless, by the name of the trace."""

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from .luffy_config import LuffyConfig
 from .turns import Turns
@@ -73,21 +74,25 @@ class Caches:
             Whether the loss reads the old log-probs of demonstrations; otherwise they are not computed.
         num_rewards (`int`, *optional*, defaults to `1`):
             How many reward functions there are.
+        has_reward_model (`bool`, *optional*, defaults to `False`):
+            Whether one of them is a model, which TRL calls with all rows.
     """
 
     scores: dict[Hashable, dict[int, float]] | None = None
     ref_logps: dict[Hashable, torch.Tensor] | None = None
     has_old_logps: bool = False
     num_rewards: int = 1
+    has_reward_model: bool = False
 
     @classmethod
-    def from_args(cls, args: LuffyConfig, num_rewards: int) -> "Caches":
+    def from_args(cls, args: LuffyConfig, reward_funcs: list) -> "Caches":
         """Those that a configuration asks for."""
         return cls(
             scores={} if args.cache_demonstration_rewards else None,
             ref_logps={} if args.cache_demonstration_ref_logps else None,
             has_old_logps=args.objective == "rl_plus",
-            num_rewards=num_rewards,
+            num_rewards=len(reward_funcs),
+            has_reward_model=any(isinstance(func, nn.Module) for func in reward_funcs),
         )
 
 
@@ -215,6 +220,8 @@ class MixedBatch:
 
     def with_given_scores(self, rewards: torch.Tensor) -> torch.Tensor:
         """Rewards, of shape `(N, F)`, with those that the dataset gives in place of a reward model's."""
+        if not self.caches.has_reward_model:
+            return rewards
         given = torch.zeros(len(self.rows), rewards.size(1), 2, device=rewards.device)
         for i, shown in enumerate(self.demonstrations):
             if shown and shown.is_complete and shown.scores is not None:

@@ -118,7 +118,7 @@ class LuffyTrainer(LengthAwareTrainer, MeasuringTrainer, ActingTrainer, SafeTrai
         if not args.is_plain_grpo:
             self.reward_funcs = [score_once(func, i, lambda: self._batch) for i, func in enumerate(self.reward_funcs)]
         self._ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
-        self._caches = Caches.from_args(args, len(self.reward_funcs))
+        self._caches = Caches.from_args(args, self.reward_funcs)
         self.kept_by_all = {type(source).__name__: source for source in self.method.sources}
 
     def _set_signature_columns_if_needed(self):

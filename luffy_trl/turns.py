@@ -158,6 +158,14 @@ class Tools:
         return {schema["function"]["name"] for schema in self.options(environment).get("tools") or []}
 
 
+def has_turns(trace: list) -> bool:
+    """Whether a trace is more than one message with nothing but its text."""
+    return len(trace) > 1 or any(
+        isinstance(message, dict) and (message.get("tool_calls") or message.get("reasoning_content"))
+        for message in trace
+    )
+
+
 def read_turns(trace: list[dict[str, Any]], name: str, tool_names: set[str]) -> list[tuple[dict, list[dict]]]:
     """
     The turns of a trace: each message of the assistant with the answers that it got, as TRL's loop would write them.

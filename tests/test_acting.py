@@ -28,7 +28,7 @@ def make_trainer(folder, rows, cls=LuffyTrainer, tools=(multiply,), rewards=None
         tiny.make_model(tokenizer, max_position_embeddings=2048),
         counts_24 if rewards is None else rewards,
         tiny.make_args(folder, config, **{"max_completion_length": 600, **kwargs}),
-        Dataset.from_list(rows),
+        Dataset.from_list(rows) if isinstance(rows, list) else rows,
         processing_class=tokenizer,
         tools=list(tools),
         environment_factory=environment_factory,
@@ -294,12 +294,19 @@ def test_rewards_of_traces_from_the_dataset(tmp_path):
     rewards = {name: list(values) for name, values in trainer._logs["rewards"].items()}
     assert rewards["first"][:2] == [0.25, 2.0] and rewards["second"][1:] == [-1.0, 0.5, 0.5]
     assert rewards["second"][0] != rewards["second"][0]
-    trainer = make_trainer(tmp_path, rows, tools=(), rewards=[first], num_demonstrations=2)
-    with pytest.raises(ValueError, match="has 2 numbers for a trace, and there are 1 reward functions"):
+    message = "has 2 numbers for a trace, and there are 1 reward functions"
+    with pytest.raises(ValueError, match=f"^row 0: `demonstration_rewards` {message}"):
+        make_trainer(tmp_path, rows, tools=(), rewards=[first], num_demonstrations=2)
+    stream = Dataset.from_list(rows).to_iterable_dataset()
+    trainer = make_trainer(tmp_path, stream, tools=(), rewards=[first], num_demonstrations=2)
+    with pytest.raises(ValueError, match=message):
         trainer.train()
 
 
-@pytest.mark.parametrize("value", [[None] * 2, ["a"] * 2, [[]] * 2, [1.0], [1.0] * 3, [float("inf"), 1.0], 1.0])
+NO_REWARDS = [[None] * 2, [[None], [1.0]], ["a"] * 2, [[]] * 2, [1.0], [1.0] * 3, [float("inf"), 1.0], 1.0]
+
+
+@pytest.mark.parametrize("value", NO_REWARDS)
 def test_rewards_of_traces_that_are_none(tmp_path, value):
     rows = [{"prompt": "1+1=", "demonstrations": ["a", "b"], "demonstration_rewards": value}]
     with pytest.raises(ValueError, match=r"row 0: `demonstrations\[.\]` has no number in `demonstration_rewards`"):
@@ -334,6 +341,13 @@ def test_several_environments_and_texts_are_refused(tmp_path):
     rows = [{"prompt": "1+1=", "demonstrations": ["a"], "demonstration_rewards": [0.0]}] * 2
     with pytest.raises(ValueError, match="`environment_factory` with several environments is not supported"):
         make_trainer(tmp_path, rows, tools=(), environment_factory={"a": Counter, "b": Counter})
+    with pytest.raises(ValueError, match="row 1: `environment` is 'b', and `environment_factory` has 'a'. Name one"):
+        make_trainer(
+            tmp_path,
+            [{**rows[0], "prompt": [{"role": "user", "content": "1"}], "environment": name} for name in "ab"],
+            tools=(),
+            environment_factory={"a": Counter},
+        )
     with pytest.raises(
         ValueError, match="row 0: `prompt` is a text, and tools are told to the policy in chat messages"
     ):

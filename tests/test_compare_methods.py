@@ -65,13 +65,15 @@ def test_spoiled_traces():
 
 
 @pytest.mark.parametrize("method", ["luffy", "on_policy", "sft", "sft_then_rl"])
-def test_a_run_records_what_the_report_needs(monkeypatch, method):
+def test_a_run_records_what_the_report_needs(monkeypatch, method, tmp_path):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(methods, "NUM_UPDATES", 4)
     monkeypatch.setattr(methods, "EVAL_STEPS", 2)
     monkeypatch.setattr(methods, "SEQUENCES_PER_UPDATE", 16)
     monkeypatch.setattr(methods.Recorder, "sample", lambda self, model, split: (0.25, 3.0, 0.5))
     model_path = ROOT / "examples" / "quickstart" / "checkpoint" / "model"
     result = methods.run("chains", method, 1e-3, 0, model_path)
+    assert not list(tmp_path.iterdir())  # runs at the same time share no folder
     assert [record["step"] for record in result["records"]] == [0, 2, 4]
     assert result["records"][0]["trained_tokens"] == 0
     assert result["records"][0]["demonstration_prob"] == pytest.approx(0.845, abs=0.01)

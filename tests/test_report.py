@@ -257,6 +257,34 @@ def test_what_trl_itself_writes(tmp_path):
     assert group.rows[0].source == "rollout" and group.rows[0].tokens is None
 
 
+def test_tool_calls_of_prompts_and_completions(tmp_path):
+    """Arguments are an object, in which parquet has those of all calls, or a JSON text."""
+    called = {"name": "add", "arguments": '{"a": 1}'}
+    prompt = [
+        {"role": "user", "content": "1?"},
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": called}]},
+        {"role": "tool", "content": "2"},
+    ]
+    asked = [{"a": {"x": 1, "y": None}, "b": None}, {"a": {"x": None, "y": 2}, "b": [{"z": 3}]}]
+    rows = [
+        {
+            "step": 1,
+            "prompt": prompt,
+            "completion": [{"role": "assistant", "content": f"{i}", "tool_calls": [{"name": "f", "arguments": own}]}],
+            "right": float(i),
+            "advantage": 0.0,
+        }
+        for i, own in enumerate(asked)
+    ]
+    run = read_run(write_run(tmp_path, with_reward(make_log(3)), {1: rows}))
+    (group,) = sample_groups(run, 0)
+    assert group.prompt == 'user: 1?\nassistant: \n[add({"a": 1})]\ntool: 2'
+    assert [row.text for row in group.rows] == [
+        '0\n[f({"a": {"x": 1}})]',
+        '1\n[f({"a": {"y": 2}, "b": [{"z": 3}]})]',
+    ]
+
+
 def test_groups_lie_over_the_run(tmp_path):
     tables = {step: rows_of_a_group(f"p{step}", [1, 0]) * 1 for step in range(1, 101)}
     run = read_run(write_run(tmp_path, with_reward(make_log(100)), tables))

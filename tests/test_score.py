@@ -6,6 +6,8 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset, load_dataset
+from test_acting import TEMPLATE, counts_24
+from test_turns import ONE_CALL, PROMPT, multiply
 from transformers import AutoModelForCausalLM
 
 from luffy_trl import LuffyTrainer
@@ -20,12 +22,12 @@ ROWS = [
 ]
 
 
-def score(folder, rows, teacher_seed=1, **kwargs):
+def score(folder, rows, teacher_seed=1, model=None, **kwargs):
     Dataset.from_list(rows).to_json(folder / "rows.jsonl")
     args = ScoreArguments(
         dataset_name=str(folder / "rows.jsonl"),
-        model_name_or_path=tiny.save_tiny_model(folder / "policy"),
-        teacher_name_or_path=tiny.save_tiny_model(folder / "teacher", seed=teacher_seed),
+        model_name_or_path=tiny.save_tiny_model(folder / "policy", **(model or {})),
+        teacher_name_or_path=tiny.save_tiny_model(folder / "teacher", seed=teacher_seed, **(model or {})),
         output_file=str(folder / "scored.parquet"),
         **{"batch_size": 2, "dtype": "float32", **kwargs},
     )
@@ -69,6 +71,17 @@ def test_chat_prompts_and_completions(tmp_path):
     ]
     logprobs = score(tmp_path, rows)["demonstration_logprobs"]
     assert [values and len(values) for values in logprobs] == [None, 2 + 1, 3 + 1]
+
+
+def test_traces_that_call_tools(tmp_path):
+    """A value for each token of a trace, those of the tools' answers too: the policy as teacher has the ratio 1."""
+    rows = [{"prompt": PROMPT, "demonstrations": [ONE_CALL]}] * 2
+    model = {"chat_template": TEMPLATE, "max_position_embeddings": 2048}
+    scored = score(tmp_path, rows, teacher_seed=0, model=model, tools=["test_turns.multiply"])
+    args = tiny.make_args(tmp_path / "out", max_completion_length=600)
+    trainer = LuffyTrainer(str(tmp_path / "policy"), counts_24, args, scored, tools=[multiply])
+    trainer.train()
+    assert trainer.state.log_history[0]["demonstrations/ratio"] == pytest.approx(1 / 1.1, abs=1e-5)
 
 
 def test_another_vocabulary_is_refused(tmp_path):

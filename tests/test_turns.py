@@ -213,6 +213,16 @@ def test_what_the_api_of_openai_writes():
     assert own["demonstration_turns"] == theirs["demonstration_turns"]
 
 
+def test_one_message_with_more_than_its_text():
+    """Its thought may stand in a field of its own. One that calls a tool is no end."""
+    thought = [{"role": "assistant", "content": "24", "reasoning_content": "2*3*4"}]
+    (own,) = tokenized([{"prompt": PROMPT, "demonstrations": [thought]}])
+    (text,) = tokenized([{"prompt": PROMPT, "demonstrations": ["<think>\n2*3*4\n</think>\n\n24"]}])
+    assert own["demonstration_ids"] == text["demonstration_ids"]
+    with pytest.raises(ValueError, match="must end with a message of the assistant that calls no tool"):
+        tokenized([{"prompt": PROMPT, "demonstrations": [TRACE[:1]]}])
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_columns_of_a_dataset(stream):
     traces = [TRACE, ONE_CALL, [SAYS]]

@@ -10,6 +10,7 @@ sequences: 16 problems x 8 completions, or 128 traces for supervised fine-tuning
 import json
 import random
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -330,6 +331,7 @@ def run(task_name: str, method: str, learning_rate: float, seed: int, model_path
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     model = AutoModelForCausalLM.from_pretrained(model_path)
     recorder = Recorder(splits, tokenizer, task.max_completion_length)
+    output = tempfile.TemporaryDirectory()  # of its own, as runs keep others out of theirs
     shared = {
         "per_device_train_batch_size": SEQUENCES_PER_UPDATE,
         "learning_rate": learning_rate,
@@ -344,7 +346,7 @@ def run(task_name: str, method: str, learning_rate: float, seed: int, model_path
         "logging_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        "output_dir": "outputs/compare_methods/unused",
+        "output_dir": output.name,
     }
 
     def fine_tune(num_updates):
@@ -378,11 +380,12 @@ def run(task_name: str, method: str, learning_rate: float, seed: int, model_path
         trainer.train()
         recorder.first_step += trainer.state.global_step
 
-    if method == "sft":
-        train(fine_tune(NUM_UPDATES))
-    elif method == "sft_then_rl":
-        train(fine_tune(NUM_UPDATES // 2))
-        train(reinforce(NUM_UPDATES // 2, ON_POLICY))
-    else:
-        train(reinforce(NUM_UPDATES, METHODS[method][1]))
+    with output:
+        if method == "sft":
+            train(fine_tune(NUM_UPDATES))
+        elif method == "sft_then_rl":
+            train(fine_tune(NUM_UPDATES // 2))
+            train(reinforce(NUM_UPDATES // 2, ON_POLICY))
+        else:
+            train(reinforce(NUM_UPDATES, METHODS[method][1]))
     return {"records": recorder.records, "weights": recorder.weights.tolist()}

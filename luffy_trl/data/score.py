@@ -25,7 +25,7 @@ from transformers import (
 )
 from trl.trainer.utils import pad, selective_log_softmax
 
-from ..arguments import Parser
+from ..arguments import Parser, load_object
 from ..demonstrations import (
     check_columns,
     find_eos_token_ids,
@@ -35,6 +35,7 @@ from ..demonstrations import (
 )
 from ..errors import in_one_line, loading_model
 from ..options import described
+from ..turns import Tools
 from . import load_data
 
 
@@ -61,6 +62,8 @@ class ScoreArguments:
             Number of traces of a forward pass.
         dtype (`str`, *optional*, defaults to `"bfloat16"`):
             Precision of the teacher's weights. Log-probabilities are computed in float32.
+        tools (`list[str]`, *optional*):
+            Tools that the traces call: the dotted paths of functions, such as `my_tools.multiply`.
     """
 
     dataset_name: str
@@ -71,6 +74,7 @@ class ScoreArguments:
     temperature: float = 1.0
     batch_size: int = 8
     dtype: str = "bfloat16"
+    tools: list[str] | None = None
 
 
 def score_demonstrations(
@@ -81,11 +85,14 @@ def score_demonstrations(
     temperature: float = 1.0,
     batch_size: int = 8,
     chat_template_kwargs: dict | None = None,
+    tools: Tools | None = None,
 ) -> Dataset:
     """
     Adds the column `demonstration_logprobs`: log pi_phi of each token of each trace, also of the token that ends it.
-    `tokenizer` and `eos_token_ids` are those of the policy; `temperature` is what the teacher wrote with.
+    `tokenizer` and `eos_token_ids` are those of the policy; `temperature` is what the teacher wrote with; `tools` are
+    those that the traces call.
     """
+    tools = tools or Tools()
     check_columns(dataset)
     field_name = "demonstrations" if "demonstrations" in dataset.column_names else "completion"
     traces = [value if field_name == "demonstrations" else [value] for value in dataset[field_name]]
@@ -97,9 +104,12 @@ def score_demonstrations(
         }
     )
     tokenized = tokenize_demonstrations(
-        flat, tokenizer, eos_token_ids, max_length=2**31 - 1, chat_template_kwargs=chat_template_kwargs
+        *(flat, tokenizer, eos_token_ids),
+        max_length=2**31 - 1,
+        chat_template_kwargs=chat_template_kwargs,
+        tools=tools,
     )
-    rows = to_supervised(tokenized, tokenizer, chat_template_kwargs)
+    rows = to_supervised(tokenized, tokenizer, {**tools.options(None), **(chat_template_kwargs or {})})
     too_large = max(max(ids) for ids in rows["input_ids"])
     num_embeddings = teacher.get_input_embeddings().num_embeddings
     if too_large >= num_embeddings:
@@ -118,7 +128,7 @@ def score_demonstrations(
             batch = rows[numbers]
             logps = _per_token_logps(teacher, batch["input_ids"], temperature)
             for number, labels, values in zip(numbers, batch["labels"], logps, strict=True):
-                num_prompt_tokens = labels.count(-100)
+                num_prompt_tokens = next(i for i, label in enumerate(labels) if label != -100)
                 scored[number] = values[num_prompt_tokens - 1 : len(labels) - 1].tolist()
             progress.update(len(numbers))
 
@@ -149,6 +159,7 @@ def main(args: ScoreArguments):
     dataset = load_data(args.dataset_name, args.dataset_split)
     with loading_model(args.model_name_or_path):
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
+    tools = Tools.of_run(tokenizer, [load_object(name, "tools") for name in args.tools or []], None)
     with loading_model(args.teacher_name_or_path, "teacher_name_or_path"):
         teacher_tokenizer = AutoTokenizer.from_pretrained(args.teacher_name_or_path)
     teacher_vocab = teacher_tokenizer.get_vocab()
@@ -160,7 +171,9 @@ def main(args: ScoreArguments):
         )
     eos_token_ids = find_eos_token_ids(tokenizer, load_generation_config(args.model_name_or_path))
     teacher = AutoModelForCausalLM.from_pretrained(args.teacher_name_or_path, dtype=args.dtype, device_map="auto")
-    scored = score_demonstrations(dataset, teacher.eval(), tokenizer, eos_token_ids, args.temperature, args.batch_size)
+    scored = score_demonstrations(
+        *(dataset, teacher.eval(), tokenizer, eos_token_ids, args.temperature, args.batch_size), tools=tools
+    )
     output.parent.mkdir(parents=True, exist_ok=True)
     writers[output.suffix](scored, output)
     print(f"{len(scored)} rows with `demonstration_logprobs` are in {output}.")

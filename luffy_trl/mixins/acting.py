@@ -31,7 +31,7 @@ class ActingTrainer(UnevenSamplingTrainer):
     - Keeps TRL's rollouts, to the last bit, without a batch, or where no row of it begins with a demonstration.
     """
 
-    _is_in_loop = False
+    _spare: tuple | None = None  # what a process without prompts samples, while TRL's loop runs
     _environment_pool: dict[str | None, list]
 
     def _generate_and_score_completions(self, inputs):
@@ -104,7 +104,6 @@ class ActingTrainer(UnevenSamplingTrainer):
                 completions[i] = [{"role": "assistant", "content": ""}]  # which calls nothing
             elif num_given:
                 completions[i] = [parse_response(self._tokenizer, own_ids, prefix=prefix, tools=self._tools_of(i))]
-        self._is_in_loop = True
         self._spare = prompt_ids[0], *select_images(images, fields, [0], [0])
         try:
             mask, completions, completion_ids, logprobs, *rest = super()._tool_call_loop(
@@ -113,7 +112,7 @@ class ActingTrainer(UnevenSamplingTrainer):
             while self._loops_together and any(gather_object([False])):
                 self._sample([], None, {}, spare=self._spare)
         finally:
-            self._is_in_loop = False
+            self._spare = None
         for i, shown in enumerate(given):
             if shown is None:
                 continue
@@ -190,7 +189,7 @@ class ActingTrainer(UnevenSamplingTrainer):
         return self.accelerator.num_processes > 1 and (self.use_vllm or self._is_sharded)
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
-        if not self._is_in_loop:
+        if self._spare is None:
             return super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, num_generations, has_tool_images
             )

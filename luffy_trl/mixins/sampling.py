@@ -13,10 +13,10 @@ from accelerate.utils import broadcast_object_list, gather_object
 from trl import GRPOTrainer
 from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
+from ..batching import TOKEN_TYPES
 from ..groups import MixedBatch
 
 
-_TYPES = ("token_type_ids", "mm_token_type_ids")
 _OF_IMAGES = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
 
 
@@ -166,7 +166,7 @@ def select_images(
         return images and [images[i] for i in rows], {}
     # The processor has made lists of arrays
     fields = {
-        name: value if name in _TYPES or isinstance(value, torch.Tensor) else torch.as_tensor(np.asarray(value))
+        name: value if name in TOKEN_TYPES or isinstance(value, torch.Tensor) else torch.as_tensor(np.asarray(value))
         for name, value in fields.items()
     }
     if images is not None:
@@ -177,7 +177,7 @@ def select_images(
         if name == "num_images":
             continue
         part = [values[i] for i in rows]
-        if name in _TYPES:
+        if name in TOKEN_TYPES:
             part = [[*map(int, ids), *([0] * lengths[i])] for ids, i in zip(part, rows, strict=True)]
         elif isinstance(values, torch.Tensor):
             part = torch.stack(part)

@@ -350,11 +350,22 @@ def _kinds(rows: list[Row], run: Run) -> list[str]:
 
 
 def _calls(message: dict[str, Any]) -> str:
-    """The tool calls of a message; parquet gives each the arguments of all others, as None."""
-    calls = message.get("tool_calls")
-    functions = [call.get("function", call) for call in calls if call] if calls is not None else []
-    own = [{k: v for k, v in (function.get("arguments") or {}).items() if v is not None} for function in functions]
-    return "".join(f"\n[{f.get('name')}({json.dumps(a, default=str)})]" for f, a in zip(functions, own, strict=True))
+    """The tool calls of a message, whose arguments are an object or a JSON text."""
+    shown = []
+    for call in message.get("tool_calls") or []:
+        function = (call.get("function") or call) if isinstance(call, dict) else {}
+        arguments = function.get("arguments")
+        if not isinstance(arguments, str):
+            arguments = json.dumps(_without_none(arguments or {}), default=str)
+        shown.append(f"\n[{function.get('name')}({arguments})]")
+    return "".join(shown)
+
+
+def _without_none(value: Any) -> Any:
+    """Arguments of one call: parquet gives each those of all others, as None."""
+    if isinstance(value, dict):
+        return {key: _without_none(own) for key, own in value.items() if own is not None}
+    return [_without_none(own) for own in value] if isinstance(value, list) else value
 
 
 def _text(value: Any) -> str:
