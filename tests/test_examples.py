@@ -236,6 +236,7 @@ def test_wandb_offline(tmp_path, monkeypatch):
     import wandb
 
     wandb.finish()
+    wandb.teardown()  # waits for the service, which writes the file
     (run_file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     content = run_file.read_bytes()
     assert b"train/demonstrations/reward" in content
