@@ -4,6 +4,10 @@
 Takes the screenshots of the documentation in a headless Chromium, from a run of the quickstart that it makes first:
 
     python docs/screenshots/take.py
+
+Of a language model, from the cold start of benchmarks/language_model and its problems, it makes one picture:
+
+    python docs/screenshots/take.py --language_model outputs/language_model/.../model --problems .../train.jsonl
 """
 
 import argparse
@@ -62,9 +66,21 @@ def take(folder: Path, output: Path):
         driver.execute_script("document.querySelector('.group > button').click()")
         driver.execute_script("document.getElementById('search').parentNode.scrollIntoView()")
         driver.save_screenshot(str(output / "group.png"))
-        driver.set_window_size(900, 900)
-        browser.open_page(driver, folder / "tokens.html")
-        driver.find_element("id", "weights").screenshot(str(output / "tokens.png"))
+    take_tokens(folder / "tokens.html", output / "tokens.png")
+
+
+def take_tokens(page: Path, picture: Path):
+    with browser.chromium(900, 900) as driver:
+        browser.open_page(driver, page)
+        driver.find_element("id", "weights").screenshot(str(picture))
+
+
+def take_language_model(model: str, problems: str, folder: Path, output: Path):
+    """The tokens of the first trace."""
+    page = folder / "language_model.html"
+    folder.mkdir(parents=True, exist_ok=True)
+    luffy(*("report", "--model", model, "--rows", "1", "--dataset_name", problems, "--output", str(page)))
+    take_tokens(page, output / "language_model.png")
 
 
 def main():
@@ -72,9 +88,14 @@ def main():
     parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "screenshots", help="Where the run goes.")
     parser.add_argument("--steps", type=int, default=40, help="Updates of the run.")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="Where the pictures go.")
+    parser.add_argument("--language_model", help="Folder of a model that the benchmark has trained.")
+    parser.add_argument("--problems", help="Its training problems.")
     args = parser.parse_args()
-    make_reports(args.folder.absolute(), args.steps)
-    take(args.folder.absolute(), args.output)
+    if args.language_model:
+        take_language_model(args.language_model, args.problems, args.folder.absolute(), args.output)
+    else:
+        make_reports(args.folder.absolute(), args.steps)
+        take(args.folder.absolute(), args.output)
 
 
 if __name__ == "__main__":
