@@ -155,7 +155,7 @@ def _launch(command: str, args: list[str]) -> int:
             f"`luffy {command}` and accelerate know no argument {name!r}."
             f"{suggestion(name, script_parser, launcher)} See `luffy {command} -h`."
         )
-    launch_args = _with_defaults(launch_args, known)
+    launch_args = _with_processes(_with_defaults(launch_args, known), known)
     # Of what ends a process, the process itself has told
     for part in ("agent.server.api", "multiprocessing.api"):
         logging.getLogger(f"torch.distributed.elastic.{part}").setLevel(logging.CRITICAL)
@@ -211,6 +211,20 @@ def _with_defaults(launch_args: list[str], known: argparse.Namespace) -> list[st
         *(part for name, value in defaults.items() if getattr(known, name) is None for part in (f"--{name}", value)),
         *launch_args,
     ]
+
+
+def _with_processes(launch_args: list[str], known: argparse.Namespace) -> list[str]:
+    """Says how several processes are started where there is no GPU: without it accelerate would start one."""
+    import torch
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+
+    is_chosen = known.multi_gpu or known.use_deepspeed or known.use_fsdp or known.tpu
+    if (known.num_processes or 1) == 1 or is_chosen or torch.cuda.is_available():
+        return launch_args
+    file = known.config_file or default_config_file
+    if Path(file).is_file() and load_config_from_file(file).distributed_type != "NO":
+        return launch_args
+    return ["--multi_gpu", *launch_args]
 
 
 def _hide_options(parser: argparse.ArgumentParser, names: set[str]):

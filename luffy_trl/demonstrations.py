@@ -33,7 +33,7 @@ from trl.chat_template_utils import parse_response
 from trl.data_utils import is_conversational, prepare_multimodal_messages
 
 from .errors import loading_model
-from .turns import Tools, Turns, answer_ids, has_turns, read_turns
+from .turns import Tools, Turns, answer_ids, clean_prompt, has_turns, read_turns
 
 
 logger = get_logger(__name__)
@@ -182,6 +182,7 @@ class DemonstrationTokenizer:
         several = []
         for position, (index, prompt) in enumerate(zip(indices, rows["prompt"], strict=True)):
             check_prompt(prompt, index)
+            prompt = clean_prompt(prompt)
             self._environment = rows["environment"][position] if "environment" in rows else None
             if self.tools.schemas and not {None, self._environment} & self.tools.schemas.keys():
                 raise ValueError(
@@ -641,10 +642,17 @@ def check_prompt_column(dataset: Dataset | IterableDataset) -> list[str]:
         remedy = "Rename the one with the problems."
         if conversation:
             remedy = (
-                f"Split `{conversation}`: the messages up to the last user's are `prompt`, the answer `completion`."
+                f"Split `{conversation}`: the messages up to the last user's are `prompt`, the answer `completion`. "
+                "`luffy_trl.data.conversations.to_demonstration` does it, also where tools are called."
             )
         raise ValueError(f"`train_dataset` has no column `prompt`, only {columns}. {remedy}")
     return columns
+
+
+def without_demonstrations(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a prepared dataset as TRL is to see it."""
+    row = {key: value for key, value in row.items() if key not in DEMONSTRATION_COLUMNS}
+    return {**row, "prompt": clean_prompt(row["prompt"])}
 
 
 def check_columns(dataset: Dataset | IterableDataset, sees_images: bool = False) -> str:

@@ -84,6 +84,16 @@ class Caches:
     num_rewards: int = 1
     has_reward_model: bool = False
 
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: a checkpoint does not keep them."""
+        return {}
+
+    def load_state_dict(self, _: dict[str, Any]):
+        """Empties them, as what is not kept."""
+        for cache in (self.scores, self.ref_logps):
+            if cache is not None:
+                cache.clear()
+
     @classmethod
     def from_args(cls, args: LuffyConfig, reward_funcs: list) -> "Caches":
         """Those that a configuration asks for."""

@@ -28,7 +28,7 @@ from trl.trainer.utils import get_config_model_id
 from . import metrics
 from .batching import OF_IMAGES
 from .checks import check_arguments, load_tokenizer
-from .demonstrations import DEMONSTRATION_COLUMNS
+from .demonstrations import DEMONSTRATION_COLUMNS, without_demonstrations
 from .groups import Caches, MixedBatch
 from .losses import Denominators, TokenBatch, aggregate
 from .luffy_config import LuffyConfig
@@ -119,7 +119,7 @@ class LuffyTrainer(LengthAwareTrainer, MeasuringTrainer, ActingTrainer, SafeTrai
             self.reward_funcs = [score_once(func, i, lambda: self._batch) for i, func in enumerate(self.reward_funcs)]
         self._ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
         self._caches = Caches.from_args(args, self.reward_funcs)
-        self.kept_by_all = {type(source).__name__: source for source in self.method.sources}
+        self.kept_by_all = {type(kept).__name__: kept for kept in (*self.method.sources, self._caches)}
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -132,7 +132,7 @@ class LuffyTrainer(LengthAwareTrainer, MeasuringTrainer, ActingTrainer, SafeTrai
         self._pending_metrics.clear()
         if self.args.is_plain_grpo:
             return super()._generate_and_score_completions(inputs)
-        rows = [{key: value for key, value in row.items() if key not in DEMONSTRATION_COLUMNS} for row in inputs]
+        rows = [without_demonstrations(row) for row in inputs]
         self._batch = batch = MixedBatch(
             rows, self.num_generations, self.accelerator, self._caches, self.name_passes(), inputs, policy=self
         )

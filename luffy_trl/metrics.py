@@ -16,6 +16,8 @@ from .losses import TokenBatch, loss_mask
 
 logger = get_logger(__name__)
 
+_MANY = 4  # demonstrations of a batch of which not one earns a reward, before it is said
+
 
 class RunningMetrics:
     """
@@ -170,10 +172,12 @@ def describe_batch(batch: MixedBatch, rewards: torch.Tensor, reward_weights: tor
     if batch.is_mixed:
         metrics["demonstrations/reward"] = rewards[batch.is_demonstration].nanmean().item()
         metrics["demonstrations/length"] = batch.acted_lengths[batch.is_demonstration].float().mean().item()
-        if metrics["demonstrations/reward"] <= 0 and not (rewards > 0)[batch.is_demonstration].any():
+        num_shown = int(batch.is_demonstration.sum())
+        if num_shown >= _MANY and not (rewards > 0)[batch.is_demonstration].any():
             logger.warning_once(
-                "No demonstration of a generation batch earns a reward: the policy learns to avoid them. See why with "
-                "`luffy inspect`; most often the reward wants a form of answer that the traces do not have."
+                f"None of the {num_shown} demonstrations of a generation batch earns a reward: the policy learns to "
+                "avoid them. See why with `luffy inspect`; most often the reward wants a form of answer that the "
+                "traces do not have."
             )
     # A rollout solves its problem where it earns 1 from each reward function that applies to it. Rows that no
     # function scores have no say.

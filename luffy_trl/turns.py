@@ -271,7 +271,20 @@ def _read_call(call: Any, place: str, tool_names: set[str]) -> tuple[str | None,
     return call.get("id"), {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
+def clean_prompt(prompt: Any) -> Any:
+    """A prompt whose messages have no fields that Arrow has added: it gives each those of all others, as None."""
+    if not isinstance(prompt, list):
+        return prompt
+    return [
+        {key: _without_none(own) for key, own in message.items() if own is not None or key == "content"}
+        if isinstance(message, dict)
+        else message
+        for message in prompt
+    ]
+
+
 def _without_none(value: Any) -> Any:
+    """Arguments of a call, without those of all others."""
     if isinstance(value, dict):
         return {key: _without_none(own) for key, own in value.items() if own is not None}
     return [_without_none(own) for own in value] if isinstance(value, list) else value

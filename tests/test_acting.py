@@ -14,6 +14,7 @@ from test_turns import ONE_CALL, PROMPT, TRACE, answer, call, multiply
 from trl import GRPOConfig, GRPOTrainer
 
 from luffy_trl import LuffyConfig, LuffyTrainer
+from luffy_trl.data.conversations import to_demonstration
 
 
 TEMPLATE = (Path(trl.__file__).parent / "chat_templates" / "qwen2_5.jinja").read_text()
@@ -301,6 +302,16 @@ def test_rewards_of_traces_from_the_dataset(tmp_path):
     trainer = make_trainer(tmp_path, stream, tools=(), rewards=[first], num_demonstrations=2)
     with pytest.raises(ValueError, match=message):
         trainer.train()
+
+
+def test_prompts_with_fields_of_other_messages(tmp_path, capsys):
+    """Arrow gives each message the fields of all others, as None, and TRL's table of completions takes none."""
+    log = [*PROMPT, *ONE_CALL]
+    rows = Dataset.from_list([{"messages": log}] * 2).map(to_demonstration, with_indices=True)
+    assert rows[0]["prompt"][0]["tool_calls"] is None
+    trainer = make_trainer(tmp_path, rows.remove_columns("messages"), log_completions=True)
+    trainer.train()
+    assert "2*3*4?" in capsys.readouterr().out
 
 
 NO_REWARDS = [[None] * 2, [[None], [1.0]], ["a"] * 2, [[]] * 2, [1.0], [1.0] * 3, [float("inf"), 1.0], 1.0]

@@ -197,13 +197,15 @@ def test_libraries_are_not_taken_from_the_folder(tmp_path, num_processes):
             "def one(completions, **kwargs):\n    return [1.0] * len(completions)\n"
         )
         arguments += ["--reward_funcs", "math_verify_reward", "my_rewards.one"]
-        arguments += ["--num_processes", "2", "--multi_gpu", "--main_process_port", "0"]
+        # On a CPU accelerate itself would start one
+        arguments += ["--accelerate_config", "cpu", "--num_processes", "2", "--main_process_port", "0"]
     command = [Path(sys.executable).with_name("luffy"), "train", *map(str, arguments)]
     env = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stderr[-3000:]
     state = (tmp_path / "out" / "trainer_state.json").read_text()
     assert ("rewards/one/mean" in state) == (num_processes == 2)
+    assert f"{num_processes} process{'es' * (num_processes == 2)} on cpu" in result.stdout
     assert not list(tmp_path.glob("imported_*"))
 
 

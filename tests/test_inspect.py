@@ -249,6 +249,13 @@ def test_an_unparsable_gold_and_a_cut_trace_are_reasons(tmp_path):
     assert findings.traces[0].reason == "the gold answer '$$' cannot be parsed"
 
 
+def test_given_rewards_do_not_hide_what_training_refuses(tmp_path, model_path, capsys):
+    """No function scores these traces, and rollouts need the answers nonetheless."""
+    rows = [{"prompt": "1+1=", "demonstrations": ["2"], "demonstration_rewards": [1.0]}] * 4
+    assert run(tmp_path, model_path, rows) == 1
+    assert "`math_verify_reward` needs the gold answers" in capsys.readouterr().out
+
+
 def test_a_recipe_for_eight_gpus_is_read_on_any_machine(tmp_path, model_path, capsys):
     """The recipe, its name, the launch file and flags: the numbers of the run, not of this machine."""
     recipe = tmp_path / "recipe.yaml"

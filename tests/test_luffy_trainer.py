@@ -940,18 +940,19 @@ def test_a_single_rollout_has_no_spread(model_path, tmp_path):
     assert trainer.state.log_history[0]["frac_reward_zero_std"] == 1
 
 
-@pytest.mark.parametrize("reward", [0.0, 1.0])
-def test_traces_that_the_reward_rejects_are_named(model_path, tmp_path, caplog, reward):
+@pytest.mark.parametrize(("reward", "num_groups"), [(0.0, 4), (1.0, 4), (0.0, 3)])
+def test_traces_that_the_reward_rejects_are_named(model_path, tmp_path, caplog, reward, num_groups):
     type(metrics.logger).warning_once.cache_clear()  # it was said in another test
     trainer = LuffyTrainer(
         model_path,
         lambda completions, **kwargs: [reward * value for value in tiny.is_demonstration_text(completions)],
-        tiny.make_args(tmp_path),
-        Dataset.from_list(tiny.addition_rows(2)),
+        tiny.make_args(tmp_path, num_generations=2, per_device_train_batch_size=2 * num_groups),
+        Dataset.from_list(tiny.addition_rows(4)),
     )
     with caplog.at_level("WARNING"):
         trainer.train()
-    assert ("No demonstration of a generation batch earns a reward" in caplog.text) == (reward == 0.0)
+    message = f"None of the {num_groups} demonstrations of a generation batch earns a reward"
+    assert (message in caplog.text) == (reward == 0.0 and num_groups == 4)  # of fewer it may be chance
 
 
 def test_dropped_traces_are_counted(model_path, tmp_path):

@@ -238,12 +238,20 @@ def interrupted_scoring(fails_at):
 
 @pytest.mark.parametrize(
     ("policy", "fails_at"),
-    [("always", 1), ("always", 2), ("on_failure", 1), ("on_failure", 2), ("on_failure", 3), ("on_failure", 4)],
+    [
+        *[("always", call) for call in (1, 2)],
+        *[("on_failure", call) for call in (1, 2, 3, 4)],
+        *[("cached", call) for call in (1, 2)],
+    ],
 )
 def test_after_an_interrupt(tmp_path, policy, fails_at):
     """`evaluate` and `train` after an interrupted `train` do what they do on a fresh trainer."""
     tiny.save_tiny_model(tmp_path / "model")
-    options = {"failure_threshold": 1.0} if policy == "on_failure" else {}
+    options = {
+        "always": {},
+        "on_failure": {"failure_threshold": 1.0, "demonstration_policy": "on_failure"},
+        "cached": {"cache_demonstration_rewards": True, "cache_demonstration_ref_logps": True, "beta": 0.1},
+    }[policy]
 
     def make(reward):
         args = tiny.make_args(
@@ -251,7 +259,6 @@ def test_after_an_interrupt(tmp_path, policy, fails_at):
             steps_per_generation=2,
             gradient_accumulation_steps=1,
             max_steps=3,
-            demonstration_policy=policy,
             per_device_eval_batch_size=4,
             **options,
         )
@@ -280,6 +287,27 @@ def test_after_an_interrupt(tmp_path, policy, fails_at):
     trainer.state.global_step = 0
     trainer.optimizer = trainer.lr_scheduler = None  # a Trainer keeps these from one `train` to the next
     assert run(trainer) == expected
+    assert not trainer.is_in_train
+
+
+def test_after_an_interrupted_evaluation(tmp_path):
+    """Numbers of its batches are not of the next."""
+    tiny.save_tiny_model(tmp_path / "model")
+    held_out = Dataset.from_list([{"prompt": f"{i}+7=", "answer": "14"} for i in range(4)])
+    evaluated = []
+    for fails_at in (None, 2):
+        args = tiny.make_args(tmp_path / "out", per_device_eval_batch_size=4, num_generations_eval=2)
+        rows = Dataset.from_list(tiny.addition_rows(4))
+        trainer = LuffyTrainer(str(tmp_path / "model"), interrupted_scoring(fails_at), args, rows, held_out)
+        if fails_at:
+            torch.manual_seed(3)
+            with pytest.raises(Interrupt):
+                trainer.evaluate()
+        torch.manual_seed(1)
+        metrics = trainer.evaluate()
+        evaluated.append({k: v for k, v in metrics.items() if "time" not in k and "second" not in k})
+    del evaluated[0]["eval_num_tokens"], evaluated[1]["eval_num_tokens"]  # all that were ever generated
+    assert evaluated[1] == evaluated[0]
 
 
 def other_rows(kind):

@@ -45,7 +45,7 @@ PANELS = {  # split and metric
     ("longer", "eval_reward"): "a factor more: accuracy",
     ("held_out", "eval_tools/call_frequency"): "new questions: calls per completion",
 }
-GUESSING = 0.9999  # share of plain questions that the warm-up answers with a guess; of those that call, it goes on
+GUESSING = 0.9995  # share of plain questions that the warm-up answers with a guess; of those that call, it goes on
 
 
 def sample_turn(rng: random.Random, tokenizer) -> tuple[str, str]:

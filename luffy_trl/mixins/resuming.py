@@ -219,6 +219,10 @@ class ResumingTrainer(GRPOTrainer):
         """Goes on from what `generation_state` has returned."""
         self._metrics["train"].update(state["metrics"])
 
+    def evaluate(self, *args, **kwargs):
+        self._metrics["eval"].clear()  # of an evaluation that was interrupted
+        return super().evaluate(*args, **kwargs)
+
     def forget_generation(self):
         """Takes away what an earlier, or interrupted, `train` has left, so that the next begins as the first did."""
         self._step = 0

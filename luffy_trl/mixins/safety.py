@@ -32,8 +32,11 @@ class SafeTrainer(GRPOTrainer):
     _has_warned_of_no_rewards = False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
-        with locked(self.args.output_dir):
-            result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        try:
+            with locked(self.args.output_dir):
+                result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        finally:
+            self.is_in_train = False  # also where it was interrupted
         if result.global_step == 0 and isinstance(self.train_dataset, IterableDataset):
             raise ValueError(
                 "The stream `train_dataset` ended before the first update: it has fewer rows than the "

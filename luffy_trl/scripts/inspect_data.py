@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoProcessor, ProcessorMixin
 from trl import ModelConfig, get_peft_config
 
 from ..arguments import Parser
-from ..checks import reward_name, tokenizer_of
+from ..checks import check_reward_columns, reward_name, tokenizer_of
 from ..cli import PACKAGE
 from ..data import load_data
 from ..demonstrations import find_eos_token_ids, load_generation_config
@@ -336,7 +336,8 @@ def main(args: list[str] | None = None) -> int:
     with loading_model(model_args.model_name_or_path):
         processing_class = AutoProcessor.from_pretrained(model_args.model_name_or_path, **options)
     tokenizer = tokenizer_of(processing_class)
-    of_run = Tools.of_run(processing_class, *get_tools(script_args))
+    tools, environment_factory = get_tools(script_args)
+    of_run = Tools.of_run(processing_class, tools, environment_factory)
     eos_token_ids = find_eos_token_ids(tokenizer, load_generation_config(model_args.model_name_or_path, **options))
     dataset = load_data(
         script_args.dataset_name,
@@ -357,6 +358,11 @@ def main(args: list[str] | None = None) -> int:
         tools=of_run,
         processor=processing_class if isinstance(processing_class, ProcessorMixin) else None,
     )
+    try:
+        check_reward_columns(reward_funcs, dataset.column_names, {"environments"} if environment_factory else None)
+    except ValueError as error:
+        if not findings.problems:  # no function was called: `demonstration_rewards` scores all traces
+            findings.problems.append(str(error))
     printer = Printer(Console(highlight=False, soft_wrap=True), own_args.max_listed, own_args.max_tokens_shown)
     printer.line(f"{script_args.dataset_name} for {model_args.model_name_or_path}", "bold")
     write_report(
