@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import Field
 from importlib.util import find_spec
 from numbers import Integral, Real
-from types import NoneType
 from typing import Any, Literal, TypeAlias, get_args, get_origin
 
 from trl import GRPOConfig
@@ -158,7 +157,9 @@ def _is_a(kind: type, value: Any) -> bool:
 
 
 def _is_unset(name: str, value: Any) -> bool:
-    return value is None and NoneType in get_args(GRPOConfig.__dataclass_fields__[name].type)
+    """Whether an option of TRL is None, where that means something. (Parsers change the types of fields.)"""
+    default = GRPOConfig.__dataclass_fields__[name].default
+    return value is None and (default is None or name == "max_completion_length")
 
 
 def check_options(args: Args):
