@@ -27,6 +27,7 @@ from transformers.utils import is_peft_available
 from trl import ModelConfig, SFTConfig
 from trl.import_utils import is_vllm_available
 
+from .config_rules import CACHE_OPTIONS
 from .luffy_config import LuffyConfig
 from .redaction import Redactor, credentials_of, without_credentials
 from .rewards import math_verify_reward
@@ -65,6 +66,8 @@ def check_arguments(
                 "Remove it, or train plain GRPO (`num_demonstrations=0`, `ratio_clipping='on_policy'`, "
                 "`length_aware_batching=False`)."
             )
+        if not tools and not environment_factory:
+            check_caches(args)
         check_acting(args, getattr(train_dataset, "column_names", None), tools, environment_factory)
         if environment_factory is None:  # which may have a reward of its own
             check_given_rewards(train_dataset, len(reward_funcs) if isinstance(reward_funcs, list) else 1)
@@ -73,6 +76,19 @@ def check_arguments(
         check_machine(args)
         passed = {"environments"} if environment_factory else set()
         check_reward_columns(reward_funcs, getattr(train_dataset, "column_names", None), passed)
+
+
+def check_caches(args: LuffyConfig):
+    """
+    Raises a `ValueError` where a cache would stay empty: it keeps what complete traces have. A prefix of a trace that
+    acts ends at a turn, and may be complete.
+    """
+    for name in CACHE_OPTIONS:
+        if getattr(args, name) and args.prefix_ratio_max < 1 and args.demonstration_sources == ["dataset"]:
+            raise ValueError(
+                f"`{name}=True` has no effect with `prefix_ratio_max={args.prefix_ratio_max}`: it is for complete "
+                "traces, and none is shown. Remove it, or set `prefix_ratio_max=1`."
+            )
 
 
 def load_tokenizer(

@@ -9,11 +9,15 @@ import math
 import string
 import warnings
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import Field
 from importlib.util import find_spec
+from numbers import Integral, Real
 from typing import Any, Literal, TypeAlias, get_args, get_origin
 
 from trl import GRPOConfig
+
+from .losses import SCALES
+from .options import own_fields
 
 
 Args: TypeAlias = Any  # a `LuffyConfig`, which imports this module
@@ -27,6 +31,25 @@ _REFUSED_WITH_DEMONSTRATIONS: dict[str, tuple[Any, str]] = {
     "use_adaptive_entropy": (False, "its controller would follow the entropy on demonstrations; use `entropy_coef`"),
     "multi_objective_aggregation": ("sum_then_normalize", "it leaves no choice of the advantage baseline"),
     "use_transformers_continuous_batching": (False, "it is not tested with demonstrations; use `use_vllm`"),
+}
+# Counts of TRL, which divides by them, and the minimum of each
+_COUNTS_OF_TRL = {
+    "num_generations": 2,
+    "num_generations_eval": 1,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "steps_per_generation": 1,
+    "generation_batch_size": 1,
+    "num_iterations": 1,
+    "max_completion_length": 1,
+}
+# Numbers of TRL: which are allowed, in code and in words. An infinite `epsilon` is a bound that is not there.
+_NUMBERS_OF_TRL: dict[str, tuple[Callable[[float], bool], str]] = {
+    "beta": (lambda value: 0 <= value < math.inf, "a finite number of at least 0; 0 has no penalty"),
+    "epsilon": (lambda value: value >= 0, "a number of at least 0, such as 0.2"),
+    "epsilon_high": (lambda value: value >= 0, "a number of at least 0, such as 0.28, or None for that of `epsilon`"),
+    "temperature": (lambda value: 0 < value < math.inf, "a finite number above 0"),
 }
 _LOSS_TYPES = ("dr_grpo", "grpo", "bnpo", "dapo")
 # Parameters of an option: the option, and its values with which the parameter means something.
@@ -100,18 +123,43 @@ _TRACE_OPTIONS = (
     "prefix_schedule",
     "prefix_schedule_steps",
 )
-_DEMONSTRATION_OPTIONS = (
-    *_POLICY_GRADIENT_OPTIONS,
-    *_TRACE_OPTIONS,
-    "advantage_baseline",
-    "cache_demonstration_rewards",
-    "cache_demonstration_ref_logps",
-)
+CACHE_OPTIONS = ("cache_demonstration_rewards", "cache_demonstration_ref_logps")
+_DEMONSTRATION_OPTIONS = (*_POLICY_GRADIENT_OPTIONS, *_TRACE_OPTIONS, "advantage_baseline", *CACHE_OPTIONS)
 
 
 def num_replayed(replay_ratio: float, num_prompts: int) -> int:
     """How many prompts of a generation batch are replayed."""
     return math.floor(replay_ratio * num_prompts + 1e-9)
+
+
+def check_numbers_of_trl(args: Args):
+    """Numbers of TRL with which it would divide by 0, or fail at a step of training; before TRL reads them."""
+    for name, minimum in _COUNTS_OF_TRL.items():
+        value = getattr(args, name)
+        if not _is_unset(name, value) and not (_is_a(Integral, value) and value >= minimum):
+            raise ValueError(f"`{name}` is {value!r}. Set it to a whole number of at least {minimum}.")
+    for name, (is_allowed, text) in _NUMBERS_OF_TRL.items():
+        value = getattr(args, name)
+        if not _is_unset(name, value) and not (_is_a(Real, value) and is_allowed(value)):
+            raise ValueError(f"`{name}` is {value!r}. Set it to {text}.")
+    weights = [] if args.reward_weights is None else args.reward_weights
+    if not isinstance(weights, list | tuple) or not all(_is_a(Real, w) and math.isfinite(w) for w in weights):
+        raise ValueError(
+            f"`reward_weights` is {weights!r}. Set it to a list of finite numbers, one for each reward function, or "
+            "remove it for 1 each."
+        )
+    if args.scale_rewards not in (True, False, *SCALES):
+        raise ValueError(f"`scale_rewards` is {args.scale_rewards!r}. Choose one of {', '.join(map(repr, SCALES))}.")
+
+
+def _is_a(kind: type, value: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _is_unset(name: str, value: Any) -> bool:
+    """Whether an option of TRL is None, where that means something. (Parsers change the types of fields.)"""
+    default = GRPOConfig.__dataclass_fields__[name].default
+    return value is None and (default is None or name == "max_completion_length")
 
 
 def check_options(args: Args):
@@ -120,17 +168,18 @@ def check_options(args: Args):
         rule(args)
 
 
+def _own_options() -> list[Field]:
+    """The fields that `LuffyConfig` adds, and not those of a user's class that extends it."""
+    from .luffy_config import LuffyConfig  # which imports this module
+
+    return own_fields(LuffyConfig)
+
+
 def types(args: Args):
     """Numbers are numbers, and switches are True or False."""
-    inherited = {f.name for f in fields(GRPOConfig)}
-    for f in fields(args):
+    for f in _own_options():
         value = getattr(args, f.name)
-        if (
-            f.name in inherited
-            or get_origin(f.type) is Literal
-            or f.type is str
-            or (value is None and f.default is None)
-        ):
+        if get_origin(f.type) is Literal or f.type is str or (value is None and f.default is None):
             continue
         if f.type is bool:
             if not isinstance(value, bool):
@@ -152,7 +201,7 @@ def installed_extras(args: Args):
 
 def choices(args: Args):
     """An option with a choice has one of its values."""
-    for f in fields(args):
+    for f in _own_options():
         if get_origin(f.type) is Literal and getattr(args, f.name) not in get_args(f.type):
             raise ValueError(
                 f"`{f.name}` is {getattr(args, f.name)!r}. Choose one of {', '.join(map(repr, get_args(f.type)))}."
@@ -193,6 +242,16 @@ def ranges(args: Args):
     low, high = args.demonstration_ratio_min, args.demonstration_ratio_max
     if low is not None and high is not None and low >= high:
         raise ValueError(f"`demonstration_ratio_min` ({low}) must be less than `demonstration_ratio_max` ({high}).")
+    if high is not None and high <= 0 and args.policy_shaping not in ("log", "linear_log"):
+        raise ValueError(
+            f"`demonstration_ratio_max` must be positive, got {high}: with `policy_shaping={args.policy_shaping!r}` "
+            "no coefficient is below 0, and no demonstration token would have a gradient. Raise it, or remove it."
+        )
+    if low is not None and low >= 1 and args.policy_shaping == "regularized":
+        raise ValueError(
+            f"`demonstration_ratio_min` must be less than 1 with `policy_shaping='regularized'`, got {low}: all "
+            "coefficients are below 1, and no demonstration token would have a gradient. Lower it, or remove it."
+        )
     if args.max_token_prob is not None and not 0 < args.max_token_prob < 1:
         raise ValueError(f"`max_token_prob` must be between 0 and 1, got {args.max_token_prob}.")
     if not 0 < args.demonstration_probability <= 1:
@@ -205,7 +264,13 @@ def ranges(args: Args):
             f"`prefix_ratio_min` ({args.prefix_ratio_min}) and `prefix_ratio_max` ({args.prefix_ratio_max}) must "
             "be between 0 and 1, the first not greater than the second."
         )
-
+    if (
+        args.prefix_ratio_max == 0 and args.num_demonstrations > 0 and args.hint_source != "trace"
+    ):  # which reads traces that are not shown
+        raise ValueError(
+            "`prefix_ratio_max=0` shows nothing of any trace. Raise it, or set `num_demonstrations=0` for no "
+            "demonstrations."
+        )
     if not 0 < args.demonstration_entropy_share <= 1:
         raise ValueError(
             f"`demonstration_entropy_share` must be above 0 and at most 1, got {args.demonstration_entropy_share}."
@@ -296,7 +361,7 @@ def hints(args: Args):
     for name, minimum in (("hint_levels", 1), ("hint_warmup_steps", 0)):
         if getattr(args, name) < minimum:
             raise ValueError(f"`{name}` must be at least {minimum}, got {getattr(args, name)}.")
-    if args.hint_levels > args.num_generations:
+    if args.hint_source == "trace" and args.hint_levels > args.num_generations:
         raise ValueError(
             f"`hint_levels` ({args.hint_levels}) must be at most `num_generations` ({args.num_generations}): each "
             "completion of a group is sampled once more, under one hint."
@@ -368,6 +433,12 @@ def prefix_schedules(args: Args):
             f"`prefix_schedule={args.prefix_schedule!r}` has no effect while `prefix_ratio_min` and "
             f"`prefix_ratio_max` are both {args.prefix_ratio_max}. Lower `prefix_ratio_min`, or remove it."
         )
+    if args.prefix_schedule == "fixed" and args.num_demonstrations == 1:
+        raise ValueError(
+            f"`prefix_ratio_min={args.prefix_ratio_min}` has no effect with `prefix_schedule='fixed'` and "
+            "`num_demonstrations=1`: a single demonstration has the share `prefix_ratio_max`. Raise "
+            "`num_demonstrations`, or set both ratios to that share without a schedule."
+        )
 
 
 def cross_entropy(args: Args):
@@ -380,6 +451,11 @@ def cross_entropy(args: Args):
                 f"`{name}={getattr(args, name)!r}` has no effect with `demonstration_loss='sft'`, which has no "
                 "ratio and no advantage. Remove it."
             )
+    if args.sft_loss_coef <= 0:
+        raise ValueError(
+            f"`sft_loss_coef` must be positive, got {args.sft_loss_coef}: it is the peak of the weight, and traces "
+            "would teach nothing. Raise it, or set `num_demonstrations=0`."
+        )
     if not 0 <= args.sft_loss_coef_min <= args.sft_loss_coef:
         raise ValueError(
             f"`sft_loss_coef_min` ({args.sft_loss_coef_min}) must be between 0 and `sft_loss_coef` "
@@ -504,7 +580,9 @@ def options_of_demonstrations(args: Args):
     """Warns of options that read demonstrations where there are none."""
     if args.num_demonstrations > 0:
         return
-    names = _TRACE_OPTIONS if args.has_demonstration_tokens else _DEMONSTRATION_OPTIONS
+    names: tuple[str, ...] = _TRACE_OPTIONS if args.has_demonstration_tokens else _DEMONSTRATION_OPTIONS
+    if args.has_demonstration_tokens and not args.demonstration_sources:  # what a hint has helped to is kept nowhere
+        names = (*_TRACE_OPTIONS, *CACHE_OPTIONS)
     read_by_hints = set()
     if args.hint_source != "none":
         read_by_hints = {"demonstration_policy", "failure_threshold", "failed_rollouts"}

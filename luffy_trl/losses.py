@@ -21,6 +21,9 @@ Baseline = Literal["group", "on_policy"]
 SHAPINGS = get_args(ShapingKind)
 BASELINES = get_args(Baseline)
 SCALES = ("none", "group", "batch")
+# What metrics read of the main term of an objective, tensors of shape `(B, T)`: its losses, what multiplies the
+# advantages, and which rollout tokens have their gradient clipped away
+STATISTICS = ("loss", "coefficient", "low_clipped", "high_clipped")
 
 
 def policy_shaping(
@@ -466,6 +469,9 @@ def aggregate(
 class Term(Protocol):
     """
     A summand of an objective: from the tokens of a micro-batch, at an optimizer step, to a loss for each of them.
+
+    One term of an objective, the main one, returns the [`STATISTICS`] that metrics read, in evaluation too:
+    [`TokenBatch.unclipped_stats`] makes them for a term that clips nothing.
     """
 
     @property
@@ -479,7 +485,7 @@ class Term(Protocol):
     def __call__(self, tokens: TokenBatch, step: int) -> tuple[torch.Tensor, dict[str, Any]]:
         """
         The losses, of shape `(B, T)`, and statistics: numbers, which are logged under their name, and detached tensors
-        of that shape under the names that `metrics.add_micro_batch` reads.
+        of that shape under the names that `metrics.add_micro_batch` reads: `kl`, `demonstration_loss`, [`STATISTICS`].
         """
 
     def share(self, step: int) -> float:
@@ -609,6 +615,12 @@ class Objective:
                 others.append((term, per_token_loss))
             else:
                 shared = per_token_loss if shared is None else shared + per_token_loss
+        if missing := [name for name in STATISTICS if name not in stats]:
+            names = ", ".join(type(term).__name__ for term in self.terms if step is not None or term.in_evaluation)
+            raise TypeError(
+                f"Of the terms of the objective ({names}) none returns {', '.join(missing)}. The main term returns "
+                "these statistics, in evaluation too; `tokens.unclipped_stats(loss, coefficient)` makes them."
+            )
         loss = tokens.logps.new_zeros(())
         if shared is not None:
             loss = aggregate(shared, tokens.mask, self.loss_type, denominators, max_length)

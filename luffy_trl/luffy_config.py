@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from trl import GRPOConfig
 
-from .config_rules import check_options
+from .config_rules import check_numbers_of_trl, check_options
 from .losses import Baseline, ShapingKind
 from .options import described, explained_arguments
 from .redaction import without_credentials
@@ -403,13 +403,19 @@ class LuffyConfig(GRPOConfig):
     @property
     def has_demonstrations(self) -> bool:
         """Whether groups hold more than rollouts: traces of the dataset, replays, or what hints have helped to."""
-        return self.num_demonstrations > 0 or self.replay_ratio > 0 or self.hint_source != "none"
+        return bool(self.demonstration_sources) or self.hint_source != "none"
 
     @property
     def has_demonstration_tokens(self) -> bool:
         """Whether completions may begin with tokens that the policy does not sample under their prompt."""
         has_plain_hints = self.hint_source != "none" and self.hint_placement == "plain"
-        return self.num_demonstrations > 0 or self.replay_ratio > 0 or has_plain_hints
+        return bool(self.demonstration_sources) or has_plain_hints
+
+    @property
+    def demonstration_sources(self) -> list[str]:
+        """Who opens slots for demonstrations, in that order: names of `luffy_trl.methods.SOURCES`."""
+        is_used = {"dataset": self.num_demonstrations > 0, "replay": self.replay_ratio > 0}
+        return [name for name in is_used if is_used[name]]
 
     @property
     def load_options(self) -> dict[str, Any]:
@@ -418,6 +424,7 @@ class LuffyConfig(GRPOConfig):
         return {"revision": revision, "trust_remote_code": self.trust_remote_code}
 
     def __post_init__(self):
+        check_numbers_of_trl(self)
         with explained_arguments(self):
             super().__post_init__()
         check_options(self)

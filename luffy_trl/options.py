@@ -3,6 +3,7 @@
 """Dataclasses of options: their text stands once, in the docstring, and reaches the command line and the docs."""
 
 import inspect
+import json
 import re
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, fields
@@ -34,7 +35,10 @@ def described(config: type) -> type:
         raise TypeError(f"The docstring of {config.__name__} does not describe {', '.join(missing)}.")
     for f in fields(config):
         if f.name in texts:
-            f.metadata = MappingProxyType({**f.metadata, "help": _plain(texts[f.name])})
+            text = _plain(texts[f.name])
+            if isinstance(f.default, str) and not f.default.isprintable():
+                text += " (default: %(default)r)"  # argparse then adds none itself, with its line breaks
+            f.metadata = MappingProxyType({**f.metadata, "help": text})
     return config
 
 
@@ -70,7 +74,7 @@ def options_table(config: type) -> str:
 
 def _default(f: Field) -> str:
     value = f.default_factory() if f.default_factory is not MISSING else f.default
-    return f'"{value}"' if isinstance(value, str) else repr(value)
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 
 def _plain(text: str) -> str:

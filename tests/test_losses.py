@@ -10,7 +10,20 @@ import numpy as np
 import pytest
 import torch
 
-from luffy_trl.losses import Shaping, group_advantages, mixed_policy_loss, policy_shaping, sft_coefficient
+from luffy_trl.losses import (
+    STATISTICS,
+    CrossEntropy,
+    Denominators,
+    KLPenalty,
+    Objective,
+    PolicyGradient,
+    Shaping,
+    TokenBatch,
+    group_advantages,
+    mixed_policy_loss,
+    policy_shaping,
+    sft_coefficient,
+)
 
 
 REFERENCE = np.load(Path(__file__).parent / "data" / "luffy_loss_reference.npz")
@@ -319,3 +332,22 @@ def test_sft_coefficient_by_hand(step, expected):
 
 def test_sft_coefficient_without_a_schedule():
     assert [sft_coefficient(step, 0.3) for step in (0, 1, 1000)] == [0.3] * 3
+
+
+def test_the_main_term_returns_what_metrics_read():
+    tokens = TokenBatch(
+        *(torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2, 3), torch.zeros(2, 3, dtype=torch.bool)),
+        advantages=torch.ones(2),
+        ref_logps=torch.zeros(2, 3),
+    )
+    denominators = Denominators(2, torch.tensor(6.0), torch.tensor(6.0), torch.tensor(1.0), 1.0)
+    _, _, stats = Objective((KLPenalty(0.1), PolicyGradient()))(tokens, denominators, 3, 0)
+    assert set(stats) == {*STATISTICS, "kl"}
+    assert set(tokens.unclipped_stats(tokens.logps, tokens.ratio)) == set(STATISTICS)
+    message = (
+        r"terms of the objective \(KLPenalty, CrossEntropy\) none returns loss, coefficient, low_clipped, high_cl"
+    )
+    with pytest.raises(TypeError, match=message):
+        Objective((KLPenalty(0.1), CrossEntropy(1.0)))(tokens, denominators, 3, 0)
+    with pytest.raises(TypeError, match=r"\(KLPenalty\) none returns loss, .*in evaluation too"):
+        Objective((KLPenalty(0.1), CrossEntropy(1.0)))(tokens, denominators, 3, None)

@@ -5,12 +5,15 @@ import dataclasses
 import pickle
 import re
 import warnings
+from typing import Any, Literal, get_args
 
 import pytest
 import tiny
 from trl import GRPOConfig
 
-from luffy_trl import LuffyConfig
+from luffy_trl import LuffyConfig, config_rules
+from luffy_trl.checks import check_arguments
+from luffy_trl.methods import SOURCES, Method
 
 
 ON_FAILURE = {"demonstration_policy": "on_failure"}
@@ -169,11 +172,149 @@ def test_only_the_algorithms_defaults_differ_from_grpo():
         ({**HINTS, "hint_warmup_steps": -1}, "`hint_warmup_steps` must be at least 0, got -1"),
         ({**HINTS, "hint_template": "{prompt} {help}"}, "It is a text with {prompt}, {hint} and no other braces"),
         ({**HINTS, "hint_template": "{prompt}"}, "`hint_template` is '{prompt}'. It is a text with"),
+        ({"prefix_ratio_min": 0.0, "prefix_ratio_max": 0.0}, "`prefix_ratio_max=0` shows nothing of any trace"),
+        ({"prefix_ratio_min": 0.0, "prefix_schedule": "fixed"}, "`prefix_ratio_min=0.0` has no effect with `prefix_"),
+        ({"demonstration_ratio_max": 0.0}, "`demonstration_ratio_max` must be positive, got 0.0"),
+        ({"demonstration_ratio_min": 1.0}, "`demonstration_ratio_min` must be less than 1 with"),
+        ({**SFT, "sft_loss_coef": 0.0}, "`sft_loss_coef` must be positive, got 0.0: it is the peak of the weight"),
+        ({**SFT, "sft_loss_coef": 0.0, "sft_loss_coef_warmup_steps": 5}, "`sft_loss_coef` must be positive, got 0.0"),
+        (
+            {"reward_weights": [1.0, float("nan")]},
+            "`reward_weights` is [1.0, nan]. Set it to a list of finite numbers",
+        ),
+        ({"reward_weights": [float("inf")]}, "`reward_weights` is [inf]. Set it to a list of finite numbers"),
+        ({"reward_weights": 1.0}, "`reward_weights` is 1.0. Set it to a list of finite numbers, one for each"),
+        ({"scale_rewards": "std"}, "`scale_rewards` is 'std'. Choose one of 'none', 'group', 'batch'"),
+        ({"per_device_train_batch_size": "4"}, "`per_device_train_batch_size` is '4'. Set it to a whole number"),
     ],
 )
 def test_refused_options(tmp_path, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         tiny.make_args(tmp_path, **options)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize(
+    ("name", "minimum"),
+    [
+        ("num_generations", 2),
+        ("num_generations_eval", 1),
+        ("per_device_train_batch_size", 1),
+        ("per_device_eval_batch_size", 1),
+        ("gradient_accumulation_steps", 1),
+        ("steps_per_generation", 1),
+        ("generation_batch_size", 1),
+        ("num_iterations", 1),
+        ("max_completion_length", 1),
+    ],
+)
+def test_counts_of_trl(tmp_path, name, minimum, plain):
+    """What TRL divides by, or fails on at a step of training, is refused by name in every method."""
+    for value in (0, -5, minimum - 1, True, 1.5):
+        message = f"`{name}` is {value!r}. Set it to a whole number of at least {minimum}."
+        with pytest.raises(ValueError, match=re.escape(message)):
+            tiny.make_args(tmp_path, **{**(tiny.PLAIN_GRPO if plain else {}), name: value})
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("name", ["beta", "epsilon", "epsilon_high", "temperature"])
+def test_numbers_of_trl(tmp_path, name, plain):
+    options = tiny.PLAIN_GRPO if plain else {"ratio_clipping": "on_policy"}
+    values = [float("nan"), -1.0, "0.1", *([float("inf")] if name in ("beta", "temperature") else [])]
+    for value in [*values, *([None] if name != "epsilon_high" else [])]:
+        with pytest.raises(ValueError, match=re.escape(f"`{name}` is {value!r}. Set it to a ")):
+            tiny.make_args(tmp_path, **{**options, name: value})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"beta": 0, "epsilon": 0.0, "epsilon_high": None, "num_generations_eval": 1},
+        {"epsilon_high": float("inf"), "scale_rewards": True, "reward_weights": [0, -0.5], "generation_batch_size": 8},
+        {
+            "scale_rewards": "batch",
+            "reward_weights": (1.0,),
+            "steps_per_generation": None,
+            "gradient_checkpointing": True,
+        },
+        {**HINTS, "num_generations": 2},
+        {**HINTS, "hint_source": "trace", "prefix_ratio_min": 0.0, "prefix_ratio_max": 0.0},
+        {"policy_shaping": "log", "demonstration_ratio_max": -0.5},
+        {"policy_shaping": "none", "demonstration_ratio_min": 2.0},
+        {"num_demonstrations": 2, "prefix_ratio_min": 0.0, "prefix_schedule": "fixed"},
+        {**SFT, "sft_loss_coef": 0.1, "sft_loss_coef_warmup_steps": 5, "sft_loss_coef_decay_steps": 5},
+    ],
+)
+def test_accepted_options(tmp_path, options):
+    """Neighbours of what is refused."""
+    tiny.make_args(tmp_path, **{"ratio_clipping": "on_policy", **options})
+
+
+@pytest.mark.parametrize("name", ["cache_demonstration_rewards", "cache_demonstration_ref_logps"])
+def test_a_cache_that_would_stay_empty(tmp_path, name):
+    def check(tools=None, **options):
+        args = tiny.make_args(tmp_path, beta=0.1, **{name: True, "prefix_ratio_min": 0.0, **options})
+        check_arguments(args, [], None, tools, None, None)
+
+    with pytest.raises(ValueError, match=f"`{name}=True` has no effect with `prefix_ratio_max=0.5`"):
+        check(prefix_ratio_max=0.5)
+    check()
+    check(prefix_ratio_max=0.5, **REPLAY)  # replays are complete
+    check(prefix_ratio_max=0.5, tools=[len])  # the last turn may be nearest
+    with pytest.warns(UserWarning, match=f"so {name} have no effect"):
+        tiny.make_args(tmp_path, beta=0.1, **{**HINTS, "hint_placement": "plain", "num_demonstrations": 0, name: True})
+
+
+@dataclasses.dataclass
+class Extended(LuffyConfig):
+    """What a user adds, of every type that a dataclass takes."""
+
+    rate: float = 0.5
+    texts: list = dataclasses.field(default_factory=list)
+    table: dict = None
+    names: list[str] | None = None
+    name: str | None = None
+    kind: Literal["a", "b"] = "a"
+    anything: Any = 1
+    policy_shaping_gamma: float = 0.3
+
+
+def test_a_class_that_extends_it_has_fields_of_its_own(tmp_path):
+    own = {"texts": ["a"], "table": {"a": 1}, "names": ["a"], "name": "a", "kind": "c", "anything": object, "rate": 1}
+    args = tiny.make_args(tmp_path, Extended, **own)
+    assert {name: getattr(args, name) for name in own} == own
+    assert (args.policy_shaping_gamma, args.is_set("policy_shaping_gamma")) == (0.3, False)
+    for options, message in (
+        ({"policy_shaping_gamma": "0.3"}, "`policy_shaping_gamma` must be a number, got '0.3'"),
+        ({"policy_shaping": "cubic"}, "`policy_shaping` is 'cubic'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tiny.make_args(tmp_path, Extended, **options)
+
+
+def test_a_class_with_types_as_texts(tmp_path):
+    """As a module has them under `from __future__ import annotations`."""
+    fields = [("flag", "bool", False), ("rate", "float", 0.5), ("name", "str", "a"), ("kind", "Literal['a']", "a")]
+    cls = dataclasses.make_dataclass("Postponed", fields, bases=(LuffyConfig,))
+    args = tiny.make_args(tmp_path, cls, flag=True, name="b")
+    assert (args.flag, args.rate, args.name, args.kind) == (True, 0.5, "b", "a")
+
+
+def test_every_objective_says_what_it_does_not_read():
+    (field,) = [f for f in dataclasses.fields(LuffyConfig) if f.name == "objective"]
+    assert {"luffy", *config_rules._NOT_READ} == set(get_args(field.type))
+
+
+def test_every_source_counts_as_demonstrations(tmp_path):
+    used = {"dataset": {}, "replay": {**REPLAY, "num_demonstrations": 0}}
+    assert set(used) == set(SOURCES)
+    for name, options in used.items():
+        args = tiny.make_args(tmp_path, ratio_clipping="on_policy", length_aware_batching=False, **options)
+        assert args.demonstration_sources == [name]
+        assert args.has_demonstrations and args.has_demonstration_tokens and not args.is_plain_grpo
+        assert [type(source) for source in Method.from_args(args).sources] == [SOURCES[name]]
+    assert tiny.make_args(tmp_path, **REPLAY).demonstration_sources == ["dataset", "replay"]
+    assert tiny.make_args(tmp_path, **tiny.PLAIN_GRPO).demonstration_sources == []
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import pytest
 
@@ -20,6 +21,7 @@ import test_luffy_config
 import tiny
 
 from luffy_trl import LuffyConfig
+from luffy_trl.config_rules import PARAMETERS
 from luffy_trl.options import describe, described, options_table, own_fields
 from luffy_trl.scripts import train
 
@@ -109,6 +111,33 @@ def test_an_option_without_a_description():
 
             rate: float = 0.5
             steps: int = 1
+
+
+def test_a_default_with_line_breaks():
+    parser = train.make_parser()
+    (action,) = [action for action in parser._actions if action.dest == "hint_template"]
+    assert r"(default: '{prompt}\n\nHint: {hint}')" in " ".join(parser._get_formatter()._expand_help(action).split())
+    assert r'| `hint_template` | `"{prompt}\n\nHint: {hint}"` | The prompt' in PAGE.read_text()
+    for line in options_table(LuffyConfig).splitlines():
+        assert not line or line.startswith("## ") or (line.startswith("| ") and line.endswith(" |"))
+
+
+def test_the_help_names_every_choice():
+    """A value that is added and not described is one that nobody finds."""
+    by_name = {f.name: f for f in own_fields(LuffyConfig)}
+    choices = {name: get_args(f.type) for name, f in by_name.items() if get_origin(f.type) is Literal}
+    del choices["on_policy_shaping"]  # "the same" as `policy_shaping`
+    missing = [
+        (name, value)
+        for name, values in choices.items()
+        for value in values
+        if value not in ("none", by_name[name].default) and f"'{value}'" not in by_name[name].metadata["help"]
+    ]
+    assert missing == []
+    for value in PARAMETERS["prefix_schedule_steps"][1]:
+        assert f"'{value}'" in by_name["prefix_schedule_steps"].metadata["help"]
+    page = (PAGE.parent / "partial_demonstrations.md").read_text()
+    assert [value for value in choices["prefix_schedule"] if f'`"{value}"`' not in page] == []
 
 
 def test_help_and_defaults():

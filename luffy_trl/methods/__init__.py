@@ -23,6 +23,7 @@ are compared with, and what is minimised.
 | `grpo_baseline` | none | - | group | policy gradient, clipped |
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -40,6 +41,9 @@ from .oapl import OAPL, optimal_advantages
 from .rl_plus import RLPlus
 from .srft import SRFT, SRFTCrossEntropy
 
+
+# By the names of `LuffyConfig.demonstration_sources`, which says when each is used
+SOURCES: dict[str, Callable[[LuffyConfig], Source]] = {"dataset": DatasetSource, "replay": ReplaySource}
 
 # Options that the demonstrations and advantages of a generation batch depend on
 OPTIONS_OF_A_METHOD = (
@@ -155,17 +159,13 @@ class Method:
     @classmethod
     def from_args(cls, args: LuffyConfig) -> "Method":
         """The one place where options become a method."""
-        sources: list[Source] = []
-        if args.num_demonstrations > 0:
-            sources.append(DatasetSource(args))
-        if args.replay_ratio > 0:
-            sources.append(ReplaySource(args))
+        sources = tuple(SOURCES[name](args) for name in args.demonstration_sources)
         hints = None
         if args.hint_source != "none":
             traces = next((source.traces_of for source in sources if isinstance(source, DatasetSource)), None)
             hints = HintSource(args, traces)
         return cls(
-            sources=tuple(sources),
+            sources=sources,
             when=OnFailure(args.failure_threshold) if args.demonstration_policy == "on_failure" else None,
             baseline=args.advantage_baseline,
             objective=Objective(tuple(_terms(args)), args.loss_type),
