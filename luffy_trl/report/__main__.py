@@ -20,7 +20,7 @@ from pathlib import Path
 
 from ..errors import in_one_line
 from .page import build_page, write_page
-from .reading import LOCK_FILE, LOG_FILE, RUN_FILE, Run, read_run
+from .reading import LOCK_FILE, LOG_FILE, RUN_FILE, Run, lock_is_free, read_run
 
 
 _FILES = (LOG_FILE, RUN_FILE, "trainer_state.json")  # by which the folder of a run is known
@@ -83,7 +83,7 @@ def _check(args: argparse.Namespace, others: list[str], argv: list[str]):
         command = [word for word in argv if word not in folders]
         command += [] if any("--dataset_name" in word for word in command) else ["--dataset_name", "DATA"]
         raise ValueError(
-            f"`--model` makes a page of its own, of no RUN_FOLDER. Give `luffy report {shlex.join(command)}` for it, "
+            f"`--model` makes a page of its own, without RUN_FOLDER. Give `luffy report {shlex.join(command)}` for it, "
             f"and `luffy report {shlex.join(folders)}` for the run."
         )
     if not args.model and not args.folders:
@@ -132,6 +132,8 @@ def _watch(args: argparse.Namespace, output: Path):
         try:
             runs = [read_run(folder) for folder in args.folders]
         except ValueError as error:
+            if any(lock_is_free(Path(folder)) for folder in args.folders):
+                raise ValueError(f"The run has stopped before its first step: {error}") from None
             if not has_waited:
                 print(f"Waiting for the first step: {error}", file=sys.stderr, flush=True)
             has_waited, runs = True, []

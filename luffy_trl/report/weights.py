@@ -78,7 +78,7 @@ def token_weights(
     one = torch.ones((), device=logps.device)
     objective = replace(method.objective, loss_type="bnpo")  # a sum over tokens, divided by one
     loss, _, _ = objective(tokens, Denominators(1, one, one, one, 1.0), 1, args.sft_loss_coef_warmup_steps)
-    return -torch.autograd.grad(loss, logps)[0][0]
+    return 0.0 - torch.autograd.grad(loss, logps)[0][0]  # and not -0 where there is no loss
 
 
 @torch.no_grad()
