@@ -83,8 +83,8 @@ def _check(args: argparse.Namespace, others: list[str], argv: list[str]):
         command = [word for word in argv if word not in folders]
         command += [] if any("--dataset_name" in word for word in command) else ["--dataset_name", "DATA"]
         raise ValueError(
-            f"`--model` makes a page of its own, without RUN_FOLDER. Give `luffy report {shlex.join(command)}` for it, "
-            f"and `luffy report {shlex.join(folders)}` for the run."
+            "`--model` makes a page of its own, without RUN_FOLDER. Give "
+            f"`luffy report {shlex.join(command)}` for it, and `luffy report {shlex.join(folders)}` for the run."
         )
     if not args.model and not args.folders:
         raise ValueError("Give a RUN_FOLDER, the `output_dir` of a run, or `--model`. `luffy report -h` says more.")

@@ -165,7 +165,9 @@ def compare(runs: list[Run]) -> list[tuple[str, list[str]]]:
         own |= {f"weight of {name}": weight for name, weight in run.about.get("reward_weights", {}).items()}
         own |= run.about.get("recipe", {}) | {name: value for name, value, _ in run.about.get("differing", [])}
         own |= run.about.get("versions", {})
-        settings.append({**(defaults if run.about else {}), **own})
+        if run.about:  # or nothing is told of it
+            own |= {name: default for name, default in defaults.items() if name not in own}
+        settings.append(own)
     rows = []
     for name in dict.fromkeys(name for own in settings for name in own):
         values = [without_paths(own[name]) if own.get(name) is not None else "" for own in settings]

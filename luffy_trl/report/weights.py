@@ -156,8 +156,9 @@ def weigh_rows(
                     "views": [],
                 }
             )
-    models = [("before training", _shown(before)), ("after training", _shown(name))]
-    about = [*(models if before else [("model", _shown(name))]), ("data", _shown(script_args.dataset_name))]
+    about = [("after training" if before else "model", _shown(name)), ("data", _shown(script_args.dataset_name))]
+    if before:
+        about.insert(0, ("before training", _shown(before)))
     for label, path in (("before training: ", before), ("after training: " if before else "", name)):
         if path is None:
             continue
