@@ -19,18 +19,21 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
+import trl
 import yaml
 from datasets import Dataset
 from test_cli import luffy, run_flags
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from test_turns import ONE_CALL, PROMPT
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Tokenizer, TrainerCallback
 
 from luffy_trl import LuffyConfig, LuffyTrainer, cli
 from luffy_trl.options import own_fields
 from luffy_trl.report.__main__ import main
 from luffy_trl.report.alarms import ALARMS, alarms_of
-from luffy_trl.report.page import build_page
+from luffy_trl.report.page import build_page, compare
 from luffy_trl.report.reading import Run, read_run, sample_groups, without_paths
-from luffy_trl.report.weights import token_weights
+from luffy_trl.report.weights import split_text, token_weights
 from luffy_trl.rewards import math_verify_reward
 
 
@@ -295,6 +298,14 @@ def test_groups_lie_over_the_run(tmp_path):
     assert run.notes == ["Groups are of 60 of the 100 steps with completions."]
 
 
+@pytest.mark.parametrize("num_groups", [12, 13])
+def test_notes_are_of_what_is_left_out(tmp_path, num_groups):
+    rows = [row for i in range(num_groups) for row in rows_of_a_group(f"p{i}", [1, 0])]
+    run = read_run(write_run(tmp_path, with_reward(make_log(3)), {1: rows, 3: rows}))
+    assert len(data_of(build_page([run]))["groups"]) == 24
+    assert run.notes == (["2 groups: at most 12 of a step are here."] if num_groups == 13 else [])
+
+
 def test_the_file_stays_below_its_size(tmp_path):
     rng = random.Random(0)
     tables = {
@@ -346,7 +357,11 @@ def test_it_loads_no_torch_and_training_loads_none_of_it(tmp_path):
     [
         ([], "Give a RUN_FOLDER, the `output_dir` of a run, or `--model`"),
         (["nowhere"], "'nowhere' is no folder"),
-        (["x", "--model", "y"], "knows no argument 'x'"),
+        (
+            ["x", "--model", "y", "--rows", "2"],
+            "^`--model` makes a page of its own, without RUN_FOLDER. Give `luffy report --model y --rows 2 "
+            "--dataset_name DATA` for it, and `luffy report x` for the run.$",
+        ),
         (["--model", "y"], "`--dataset_name` is needed with `--model`"),
         (["x", "--learning_rate", "1"], "`luffy report` knows no argument '--learning_rate'"),
         (["--model", "y", "--watch"], "`--watch` is of a run that trains"),
@@ -359,6 +374,27 @@ def test_mistakes(arguments, message):
         main(arguments)
 
 
+def test_a_run_behind_the_options_of_a_model(tmp_path, monkeypatch):
+    """A folder is no value of an option before it."""
+    monkeypatch.chdir(tmp_path)
+    write_run(Path("run"))
+    message = "Give `luffy report --dataset_name d.jsonl --model y` for it, and `luffy report run` for the run"
+    with pytest.raises(ValueError, match=message):
+        main(["--dataset_name", "d.jsonl", "--model", "y", "run"])
+
+
+def test_where_files_are_written_and_how_large_they_are(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    picture = {"title": "", "prompt": "", "text": "", "tokens": [], "acted": [], "views": []}
+    monkeypatch.setattr("luffy_trl.report.weights.weigh_rows", lambda *args: ([], [picture]))  # no model is needed
+    main(["--model", "y"])
+    assert [path.name for path in tmp_path.iterdir()] == ["_tokens.html"]
+    assert re.search(r"_tokens.html \(1\d kB\)\.$", capsys.readouterr().out.strip())
+    with pytest.raises(SystemExit):
+        main(["-h"])
+    assert "_tokens.html" in capsys.readouterr().out
+
+
 def test_a_missing_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
     with pytest.raises(ImportError, match=r"For a report, plotly.* is needed: `pip install luffy-trl\[report\]`"):
@@ -366,9 +402,8 @@ def test_a_missing_extra(tmp_path, monkeypatch):
 
 
 def test_watching(tmp_path):
-    """From before the first step to the end, in another process; the page loads itself again until then."""
+    """From before the folder is there to the end, in another process; the page loads itself again until then."""
     folder = tmp_path / "run"
-    folder.mkdir()
     command = [sys.executable, "-m", "luffy_trl", "report", str(folder), "--watch", "--every", "0.2"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes) as process:
@@ -380,6 +415,74 @@ def test_watching(tmp_path):
         assert process.wait(60) == 0
     data = data_of((folder / "_report.html").read_text())
     assert data["refresh"] is None and len(data["figures"][0]["figure"]["data"][0]["x"]) >= 4
+
+
+@pytest.mark.parametrize("end", ["killed", "by an error"])
+def test_watching_a_run_that_dies(tmp_path, end):
+    """It has held its lock, which is free where it was killed, and gone where it has ended by an error."""
+    folder = write_run(tmp_path / "run", make_log(3))
+    code = "import sys, time\nfrom luffy_trl import processes\nwith processes._lock(sys.argv[1]):\n"
+    code += "    print(flush=True)\n    sys.stdin.readline()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-m", "luffy_trl", "report", str(folder), "--watch", "--every", "0.2"]
+    with subprocess.Popen([sys.executable, "-c", code, str(folder)], **pipes) as run:
+        run.stdout.readline()
+        assert not read_run(folder).has_died
+        with subprocess.Popen(command, **pipes) as watch:
+            watch.stdout.readline()
+            assert data_of((folder / "_report.html").read_text())["refresh"] == 0.2
+            if end == "killed":
+                run.kill()
+            else:
+                run.communicate("\n")
+            assert watch.wait(60) == 0
+            assert watch.stderr.read() == "The run 'run' has stopped before its end.\n"
+    assert (folder / "_run.lock").exists() == read_run(folder).has_died == (end == "killed")
+    html = (folder / "_report.html").read_text()
+    assert data_of(html)["refresh"] is None and "step 3, stopped before its end" in html
+
+
+def test_watching_a_run_that_was_killed_before_its_first_step(tmp_path):
+    (tmp_path / "_run.lock").touch()
+    with pytest.raises(ValueError, match="^The run has stopped before its first step: "):
+        main([str(tmp_path), "--watch"])
+
+
+def test_few_records(tmp_path):
+    """Alarms about trends need 20, and all need 3: the page says so where a run has fewer."""
+    for log, sentence in (
+        (make_log(20), None),
+        (make_log(19), "19 records: alarms about trends need 20."),
+        (make_log(2), "2 records: alarms need 3, those of trends 20."),
+        (
+            [{**record, "step": 10 * record["step"]} for record in make_log(3)],
+            "3 records: alarms about trends need 20. Lower `logging_steps`.",
+        ),
+        ([*make_log(2)[:1], {"step": 1, "train_runtime": 1.0}], "1 record: alarms need 3, those of trends 20."),
+    ):
+        found = re.findall('class="soft too-few">([^<]*)<', build_page([read_run(write_run(tmp_path, log))]))
+        assert found == ([sentence] if sentence else [])
+
+
+def test_what_differs_between_runs(tmp_path):
+    """In one table, with the default where a run has not changed what another has."""
+    recipe = {"learning_rate": 1e-6, "max_steps": 5}
+    differing = [["learning_rate", "0.01", "1e-06"], ["beta", "0.1", "0.0"], ["seed", "7", "42"]]
+    first = {"model": "/home/me/one", "recipe": {**recipe, "learning_rate": 0.01}, "differing": differing}
+    second = {"model": "two", "recipe": recipe, "differing": [["seed", "7", "42"]]}
+    runs = [read_run(write_run(tmp_path / name, about=about)) for name, about in (("a", first), ("b", second))]
+    rows = [("model", ["one", "two"]), ("learning_rate", ["0.01", "1e-06"]), ("beta", ["0.1", "0.0"])]
+    assert compare(runs) == rows
+    (table,) = re.findall('class="compared">(.*?)</table>', build_page(runs), re.DOTALL)
+    assert re.findall("<t[hd]>([^<]*)", table)[:6] == ["option", "a", "b", "model", "one", "two"]
+    assert 'class="compared"' not in build_page(runs[:1])
+
+
+def test_the_page_knows_which_runs_act(tmp_path):
+    """The tokens of their completions count the tools' answers, and their curves do not."""
+    log = [{**record, "tools/call_frequency": 1.0} for record in make_log(3)]
+    runs = [read_run(write_run(tmp_path / str(len(own)), own)) for own in (log, make_log(4))]
+    assert data_of(build_page(runs))["act"] == [True, False]
 
 
 def test_several_runs_over_each_other(tmp_path, monkeypatch, capsys):
@@ -431,8 +534,14 @@ def test_tokens_of_two_checkpoints(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = ["--dataset_name", "train.jsonl", "--max_completion_length", "32", "--policy_shaping_gamma", "0.2"]
     assert cli.main(["report", "--model", "later", "--before", "model", "--rows", "2", *flags]) == 0
-    pictures = data_of(Path("_report.html").read_text())["weights"]
-    assert len(pictures) == 2
+    html = Path("_tokens.html").read_text()
+    pictures = data_of(html)["weights"]
+    assert len(pictures) == 2 and all(all(picture["acted"]) for picture in pictures)
+    about = dict(re.findall("<tr><td>([^<]*)</td><td>([^<]*)</td></tr>", html))
+    assert (about["before training"], about["after training"]) == ("model", "later")
+    assert about["policy_shaping_gamma"] == "0.2"
+    labels = [view["title"].partition(", ")[2] for view in pictures[0]["views"][::3]]
+    assert labels == ["before training: model", "after training: later"]
     tokens = ["<think>", "0", "</think>", "\\", *"boxed{1}", "<|im_end|>"]
     assert "".join(pictures[0]["tokens"]) == "".join(tokens) and "0+1=" in pictures[0]["prompt"]
     titles = [view["title"].partition(",")[0] for view in pictures[0]["views"]]
@@ -452,6 +561,51 @@ def test_tokens_of_two_checkpoints(tmp_path, monkeypatch):
         assert view["values"] == pytest.approx(expected, rel=1e-3, abs=1e-6)
     with pytest.raises(ValueError, match="All 8 traces have more tokens than .* `luffy inspect` says more"):
         main(["--model", "model", "--dataset_name", "train.jsonl", "--max_completion_length", "2"])
+
+
+def test_answers_of_tools_do_not_teach(tmp_path, monkeypatch):
+    """What a tool has answered, and the template between turns, has weight 0 in every picture of the trace."""
+    template = (Path(trl.__file__).parent / "chat_templates" / "qwen2_5.jinja").read_text()
+    tiny.save_tiny_model(tmp_path / "models" / "model", template, max_position_embeddings=2048)
+    rows = [{"prompt": PROMPT, "demonstrations": [ONE_CALL]}]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    docstring = '"""\n    Multiplies.\n\n    Args:\n        a: One.\n        b: Two.\n    """'
+    code = f"def multiply(a: int, b: int) -> int:\n    {docstring}\n    return a * b\n"
+    (tmp_path / "report_tools.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    options = ["--dataset_name", "data.jsonl", "--tools", "report_tools.multiply", "--max_completion_length", "600"]
+    main(["--model", str(tmp_path / "models" / "model"), *options])
+    html = Path("_tokens.html").read_text()
+    (picture,) = data_of(html)["weights"]
+    parts = ["", ""]
+    for token, acted in zip(picture["tokens"], picture["acted"], strict=True):
+        parts[acted] += token
+    answer = "<|im_start|>user\n<tool_response>\n6\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+    assert parts[0] == f"\n{answer}" and "<tool_call>" in parts[1] and parts[1].endswith("<|im_end|>")
+    assert picture["text"] == "".join(picture["tokens"])
+    for view in picture["views"]:
+        assert [weight != 0 for weight in view["weights"]] == picture["acted"]
+    for view in picture["views"][1:]:
+        assert [value != 0 for value in view["values"]] == picture["acted"]
+    assert picture["title"] == "Row 0 (the first is 0), demonstrations[0]"
+    about = dict(re.findall("<tr><td>([^<]*)</td><td>([^<]*)</td></tr>", html))
+    assert about["model"] == "model" and about["data"] == "data.jsonl" and about["policy_shaping"] == "regularized"
+    assert about["max_completion_length"] == "600" and str(tmp_path) not in html + json.dumps(picture)
+
+
+def test_characters_of_several_tokens():
+    """Each is at the token that completes it; bytes that are no character do not hold back what follows."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Qwen2Tokenizer({letter: i for i, letter in enumerate(["<|pad|>", *letters])}, [], unk_token=None)
+    for text in ("a é b", "Сумма ✅", "🍎🍎 田中"):
+        texts = split_text(tokenizer, tokenizer(text)["input_ids"])
+        assert texts == [part for letter in text for part in [""] * (len(letter.encode()) - 1) + [letter]]
+    ids = tokenizer("🍎")["input_ids"]
+    assert split_text(tokenizer, ids[:2]) == ["", "\ufffd"]  # a trace that is cut
+    assert split_text(tokenizer, [*ids[:1], *tokenizer("abc")["input_ids"]]) == ["", "\ufffda", "b", "c"]
+    texts = split_text(tokenizer, ids[1:2] * 9)
+    assert max(map(len, "".join(text or " " for text in texts).split("\ufffd"))) <= 3
 
 
 # -- What training writes
@@ -495,7 +649,12 @@ def test_a_resumed_run_has_each_step_once(tmp_path):
     assert [row.truncated for row in group.rows][0] is False
     about = json.loads((tmp_path / "out" / "_run.json").read_text())
     assert about["recipe"]["num_generations"] == 4 and about["reward_weights"] == {"is_even": 1.0}
-    assert ["num_generations", "4", "8"] in about["differing"] and "trl" in about["versions"]
+    assert {
+        *(("num_generations", "4", "8"), ("learning_rate", "0.01", "1e-06"), ("max_steps", "5", "-1")),
+        *(("per_device_train_batch_size", "4", "8"), ("logging_steps", "1", "10"), ("save_steps", "2", "500")),
+    } <= {tuple(row) for row in about["differing"]}
+    assert not {"output_dir", "use_cpu", "seed"} & {name for name, *_ in about["differing"]}
+    assert "trl" in about["versions"]
 
 
 def test_a_column_of_the_users_is_kept(tmp_path):
@@ -667,15 +826,20 @@ def test_a_lone_surrogate_and_numbers_that_json_lacks(tmp_path):
 
 @needs_browser
 def test_tokens_in_colour(tmp_path, driver):
-    values = {"probs": [0.1, 0.9], "weights": [0.5, -0.5]}
-    views = [{"title": "Weight", "values": [0.5, -0.5], "scale": 0.5, "hue": 35, **values}]
-    picture = {"prompt": "<i>", "tokens": ["</script>", "\x1b"], "views": views}
+    values = {"probs": [0.1, 0.9, 0.5, 0.5], "weights": [0.5, -0.5, 0.0, 0.5]}
+    views = [{"title": "Weight", "values": values["weights"], "scale": 0.5, "hue": 35, **values}]
+    tokens = ["</script>", "\x1b", "24", ""]
+    picture = {"title": "Row 3", "prompt": "<i>", "text": "<b>é", "tokens": tokens, "views": views}
+    picture["acted"] = [True, True, False, True]
     (tmp_path / "page.html").write_text(build_page([], pictures=[picture]))
     assert browser.open_page(driver, tmp_path / "page.html") == []
-    assert texts(driver, ".tokens span") == ["</script>", "\u241b"]
+    assert texts(driver, ".tokens span") == ["</script>", "\u241b", "24", "\u00b7"]
+    assert texts(driver, ".weights .text:not(.tokens)") == ["<i>", "<b>é"]
+    assert texts(driver, ".weights h2") == ["Row 3"]
     look = "(s) => [getComputedStyle(s).backgroundColor, s.title]"
     script = f"return [...document.querySelectorAll('.tokens span')].map({look})"
-    (orange, title), (red, _) = driver.execute_script(script)
+    (orange, title), (red, _), (grey, of_answer), _ = driver.execute_script(script)
+    assert grey == "rgba(136, 136, 136, 0.133)" and of_answer == "probability 0.500, answer of a tool: weight 0"
     assert orange != red != "rgb(255, 255, 255)" and title == "probability 0.100, weight 0.500"
 
 

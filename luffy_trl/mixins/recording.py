@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
@@ -23,7 +23,15 @@ _RECIPE = (
     *("temperature", "learning_rate", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("steps_per_generation", "num_iterations", "seed"),
 )
-_DERIVED = ("generation_batch_size", "steps_per_generation")  # set from others where the user has not set them
+DERIVED = ("generation_batch_size", "steps_per_generation")  # set from others where the user has not set them
+
+# Options of every trainer that a user changes, and that [`differing`] leaves to the table of a model card
+_OF_TRAINING = (
+    *("learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs", "per_device_train_batch_size"),
+    *("gradient_accumulation_steps", "gradient_checkpointing", "fp16", "seed", "label_smoothing_factor"),
+    *("torch_compile", "eval_strategy", "eval_steps", "logging_strategy", "logging_steps", "save_strategy"),
+    *("save_steps", "save_total_limit", "load_best_model_at_end", "metric_for_best_model"),
+)
 
 
 class RecordingTrainer(GRPOTrainer):
@@ -72,7 +80,7 @@ class RunRecorder(TrainerCallback):
             "model": Path(model).name if Path(model).exists() else model,  # a folder here says nothing to others
             "reward_weights": dict(zip(trainer.reward_func_names, weights, strict=True)),
             "recipe": {name: getattr(args, name) for name in _RECIPE if hasattr(args, name)},
-            "differing": differing(type(args), vars(args), left_out=_DERIVED),
+            "differing": _changed_training(args) + differing(type(args), vars(args), left_out=DERIVED),
             "num_processes": args.world_size,
             "log_completions": args.log_completions,
             "versions": library_versions(),
@@ -84,3 +92,14 @@ def _write(file: Path, text: str):
     partial = file.with_name(file.name + ".partial")
     partial.write_text(text)
     partial.replace(file)
+
+
+def _changed_training(args: TrainingArguments) -> list[tuple[str, str, str]]:
+    """Name, value and default of those that differ."""
+    rows = []
+    for name in _OF_TRAINING:
+        values = getattr(args, name), type(args).__dataclass_fields__[name].default
+        value, default = (str(getattr(own, "value", own)) for own in values)  # of an enum
+        if value != default:
+            rows.append((name, value, default))
+    return rows

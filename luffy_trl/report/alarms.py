@@ -215,6 +215,23 @@ ALARMS = (
 )
 
 
+def records_of(run: Run) -> int:
+    """How many records the longest of the curves has."""
+    return max((len(run.points(alarm.key)) for alarm in ALARMS), default=0)
+
+
+def too_few(run: Run) -> str | None:
+    """What is not asked of a run yet, in a sentence; `None` if its log is long enough for all alarms."""
+    number = records_of(run)
+    if number >= _MANY:
+        return None
+    needed = f"alarms about trends need {_MANY}" if number >= _FEW else f"alarms need {_FEW}, those of trends {_MANY}"
+    is_sparse = bool(run.log) and run.log[-1]["step"] > number
+    return f"{number} {'record' if number == 1 else 'records'}: {needed}." + (
+        " Lower `logging_steps`." if is_sparse else ""
+    )
+
+
 def alarms_of(run: Run) -> list[Alarm]:
     """The alarms that a run meets, in the order of the table."""
     met = []

@@ -17,7 +17,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from .alarms import Alarm, alarms_of
+from .alarms import Alarm, alarms_of, too_few
 from .reading import Group, Run, sample_groups, without_paths
 
 
@@ -47,6 +47,7 @@ def build_page(
     max_bytes: float = 10e6,
     refresh: float | None = None,
     pictures: list[dict[str, Any]] | None = None,
+    about: list[tuple[str, str]] | None = None,
 ) -> str:
     """
     Makes the page.
@@ -59,7 +60,9 @@ def build_page(
         refresh (`float`, *optional*):
             Seconds after which the page loads itself again.
         pictures (`list[dict]`, *optional*):
-            Traces with the weights of their tokens; see [`~luffy_trl.report.weights.weigh`].
+            Traces with the weights of their tokens; see [`~luffy_trl.report.weights.weigh_rows`].
+        about (`list[tuple[str, str]]`, *optional*):
+            Names and values of what these are made of.
 
     Returns:
         `str`: HTML.
@@ -76,6 +79,7 @@ def build_page(
     figures, others = draw(runs)
     data: dict[str, Any] = {
         "runs": [run.name for run in runs],
+        "act": [any("tools/call_frequency" in record for record in run.log) for run in runs],
         "figures": figures,
         "others": others,
         "weights": pictures or [],
@@ -87,6 +91,8 @@ def build_page(
     return template.render(
         title=" and ".join(run.name for run in runs) or "Which tokens teach",
         runs=[_describe(run) for run in runs],
+        compared=compare(runs) if len(runs) > 1 else [],
+        about=about or [],
         has_groups=bool(data["groups"]),
         nonce=secrets.token_hex(16),
         plotly=plotly,
@@ -129,9 +135,6 @@ def _within(size: float, runs: list[Run]) -> Iterator[Group]:
                 return
             kept[group.run] += 1
             yield group
-    for run, count in zip(runs, kept, strict=True):
-        if run.completions:
-            run.notes.append(f"{count} groups of {len(run.completions)} steps are here, at most a dozen of a step.")
 
 
 def _describe(run: Run) -> dict[str, Any]:
@@ -142,7 +145,8 @@ def _describe(run: Run) -> dict[str, Any]:
         "name": run.name,
         "model": without_paths(about.get("model", "")) or None,
         "step": last,
-        "is_over": run.is_over,
+        "state": "ended" if run.is_over else "stopped before its end" if run.has_died else None,
+        "too_few": too_few(run),
         "alarms": [{"key": alarm.key, "text": alarm.text} for alarm in alarms_of(run)],
         "notes": run.notes,
         "recipe": [(name, without_paths(value)) for name, value in about.get("recipe", {}).items()],
@@ -150,6 +154,26 @@ def _describe(run: Run) -> dict[str, Any]:
         "versions": [(name, str(value)) for name, value in about.get("versions", {}).items()],
         "evaluation": run.evaluation,
     }
+
+
+def compare(runs: list[Run]) -> list[tuple[str, list[str]]]:
+    """The options in which runs differ, each with its value in each run."""
+    defaults = {name: default for run in runs for name, _, default in run.about.get("differing", [])}
+    settings = []
+    for run in runs:
+        own = {"model": run.about.get("model"), "processes": run.about.get("num_processes")}
+        own |= {f"weight of {name}": weight for name, weight in run.about.get("reward_weights", {}).items()}
+        own |= run.about.get("recipe", {}) | {name: value for name, value, _ in run.about.get("differing", [])}
+        own |= run.about.get("versions", {})
+        if run.about:  # or nothing is told of it
+            own |= {name: default for name, default in defaults.items() if name not in own}
+        settings.append(own)
+    rows = []
+    for name in dict.fromkeys(name for own in settings for name in own):
+        values = [without_paths(own[name]) if own.get(name) is not None else "" for own in settings]
+        if len(set(values)) > 1:
+            rows.append((name, values))
+    return rows
 
 
 # -- Curves

@@ -11,8 +11,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 
 LOG_FILE, RUN_FILE = "_log.jsonl", "_run.json"  # of `mixins.recording`, which needs torch
+LOCK_FILE = "_run.lock"  # of `processes`, which does too
 _GIVEN = ("demonstration", "prefix", "replay")  # sources of rows that are no rollouts
 _STEPS_READ = 60  # completions of more steps than these are left out; one file may have 100 MB
 _GROUPS_OF_A_STEP = 12
@@ -95,6 +98,8 @@ class Run:
             What could not be read, or was left out, and how to get it.
         is_over (`bool`):
             Whether training has ended.
+        has_died (`bool`, *optional*, defaults to `False`):
+            Whether its process has ended before training did.
     """
 
     name: str
@@ -104,6 +109,7 @@ class Run:
     evaluation: list[tuple[str, str, float]]
     notes: list[str]
     is_over: bool
+    has_died: bool = False
 
     def points(self, key: str) -> list[tuple[int, float]]:
         """Step and value of a metric."""
@@ -134,6 +140,7 @@ def read_run(folder: str | Path) -> Run:
     if not folder.is_dir():
         raise ValueError(f"{str(folder)!r} is no folder. Give the `output_dir` of `luffy train`.")
     notes: list[str] = []
+    is_free = lock_is_free(folder)  # before the log is read: a run writes its last record, and then frees it
     log = _read_log(folder, notes)
     if log is None:
         raise ValueError(
@@ -156,6 +163,7 @@ def read_run(folder: str | Path) -> Run:
         notes.append(
             "There are no groups: the run wrote no completions. `luffy train --log_completions true` writes them."
         )
+    is_over = any("train_runtime" in record for record in log)
     return Run(
         name=folder.resolve().name,
         log=log,
@@ -163,8 +171,23 @@ def read_run(folder: str | Path) -> Run:
         completions=completions,
         evaluation=_read_evaluation(folder),
         notes=notes,
-        is_over=any("train_runtime" in record for record in log),
+        is_over=is_over,
+        has_died=is_free and not is_over,
     )
+
+
+def lock_is_free(folder: Path) -> bool:
+    """Whether a run has left its lock file behind, as one does whose process is killed."""
+    file = folder / LOCK_FILE
+    if not file.exists():
+        return False
+    lock = FileLock(file)
+    try:
+        lock.acquire(blocking=False)
+    except (Timeout, OSError, NotImplementedError):  # a run holds it, or nobody can tell
+        return False
+    lock.release()
+    return True
 
 
 def _read_log(folder: Path, notes: list[str]) -> list[dict[str, Any]] | None:
@@ -261,14 +284,18 @@ def sample_groups(run: Run, number_of_run: int) -> Iterator[Group]:
         run.notes.append(f"Groups are of {_STEPS_READ} of the {len(steps)} steps with completions.")
         steps = [steps[place] for place in places]
     read: dict[int, list[Group]] = {}
+    num_left_out = 0
     order = _spread(len(steps))
     for turn in range(_GROUPS_OF_A_STEP):
         for place in order:
             step = steps[place]
             if step not in read:
-                read[step] = _read_step(run, number_of_run, step)
+                read[step], left_out = _read_step(run, number_of_run, step)
+                num_left_out += left_out
             if turn < len(read[step]):
                 yield read[step][turn]
+    if num_left_out:
+        run.notes.append(f"{num_left_out} groups: at most {_GROUPS_OF_A_STEP} of a step are here.")
 
 
 def _spread(size: int) -> list[int]:
@@ -278,7 +305,8 @@ def _spread(size: int) -> list[int]:
     return [size - 1, *(i for i in order if i != size - 1)] if size else []
 
 
-def _read_step(run: Run, number_of_run: int, step: int) -> list[Group]:
+def _read_step(run: Run, number_of_run: int, step: int) -> tuple[list[Group], int]:
+    """The groups of a step, and how many more it has."""
     import pyarrow.parquet as pq
 
     try:
@@ -290,10 +318,11 @@ def _read_step(run: Run, number_of_run: int, step: int) -> list[Group]:
         is_complete = False
     if not is_complete:
         run.notes.append(f"{run.completions[step].name} is no complete table of prompts and completions: left out.")
-        return []
+        return [], 0
     size = run.about.get("recipe", {}).get("num_generations")
     bounds = _bounds(prompts, size if isinstance(size, int) and size > 0 else None)
-    if len(bounds) > _GROUPS_OF_A_STEP:
+    num_left_out = max(len(bounds) - _GROUPS_OF_A_STEP, 0)
+    if num_left_out:
         places = _spread(len(bounds))[:_GROUPS_OF_A_STEP]
         bounds = [bounds[place] for place in places]
     groups = []
@@ -301,7 +330,7 @@ def _read_step(run: Run, number_of_run: int, step: int) -> list[Group]:
         values = {name: column.slice(start, end - start).to_pylist() for name, column in columns.items()}
         rows = [_row(run, {name: cells[i] for name, cells in values.items()}) for i in range(end - start)]
         groups.append(Group(number_of_run, step, prompts[start], rows, _kinds(rows, run)))
-    return groups
+    return groups, num_left_out
 
 
 def _bounds(prompts: list[str], size: int | None) -> list[tuple[int, int]]:
