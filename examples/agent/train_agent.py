@@ -152,7 +152,7 @@ def main():
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/agent"), help="Folder to write to.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--num_warm_up_steps", type=int, default=2000, help="Optimizer steps of the warm-up.")
-    parser.add_argument("--num_updates", type=int, default=60, help="Updates of each method.")
+    parser.add_argument("--num_updates", type=int, default=80, help="Updates of each method.")
     args = parser.parse_args()
     records = []
     for seed in args.seeds:
