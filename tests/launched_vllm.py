@@ -13,10 +13,14 @@ import torch
 import trl.generation.vllm_generation
 from datasets import Dataset
 from safetensors.torch import save_file
-from transformers import TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 from trl.generation.vllm_client import VLLMClient
 
 from luffy_trl import LuffyTrainer
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "agent"))
+import products
 
 
 FOLDER = Path(sys.argv[1])
@@ -59,6 +63,10 @@ class KillServer(TrainerCallback):
             os.killpg(SCENARIO["server_group"], signal.SIGKILL)
 
 
+def says_six(completions, **kwargs):
+    return [0.3 * (messages[-1]["content"] == "6") for messages in completions]
+
+
 def main():
     options = dict(SCENARIO["options"])
     resume = options.pop("resume", None)
@@ -70,32 +78,42 @@ def main():
         use_vllm=True,
         vllm_mode="server",
         vllm_server_base_url=SCENARIO["server_url"],
-        learning_rate=0.05,  # so that weights that were not pushed would show
-        **options,
+        # So that weights that were not pushed would show
+        **{"learning_rate": 0.05, **options},
     )
     trl.generation.vllm_generation.VLLMClient = FileClient if args.use_cpu else CountingClient
+    rows = tiny.addition_rows(8, lambda i: [] if i % 3 == 2 else [f"A{i}BCDE", f"{i}{i}"])
+    if SCENARIO.get("acts"):
+        rows = [
+            {**row, "prompt": [{"role": "user", "content": f"1{i}*2{i}"}]}
+            | {"demonstrations": [products.solve([10 + i, 20 + i])] if row["demonstrations"] else []}
+            for i, row in enumerate(rows)
+        ]
     trainer = LuffyTrainer(
         str(FOLDER / "model"),
-        tiny.share_of_digits,
+        says_six if SCENARIO.get("acts") else tiny.share_of_digits,
         args,
-        Dataset.from_list(tiny.addition_rows(8, lambda i: [] if i % 3 == 2 else [f"A{i}BCDE", f"{i}{i}"])),
+        Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(FOLDER / "model"),
+        tools=[products.multiply] if SCENARIO.get("acts") else None,
         callbacks=[KillServer()] if "server_group" in SCENARIO else None,
     )
-    rows, ratios, generate = [], [], trainer._generate_and_score_completions
+    recorded, ratios, generate = [], [], trainer._generate_and_score_completions
 
     def recording(inputs):
         output = generate(inputs)
         shown = output["demonstration_mask"] & output["completion_mask"].bool()
         lengths = output["completion_mask"].sum(1)
-        rows.append([lengths.tolist(), shown.sum(1).tolist()])
+        recorded.append([lengths.tolist(), shown.sum(1).tolist()])
         # A ratio of a sequence is that of its sampled tokens, and the loss leaves it out on the prefix before them
-        is_complete = shown.sum(1) == lengths
+        acted = output.get("tool_mask", output["completion_mask"]).sum(1)
+        is_complete = shown.sum(1) == acted
         ratios.append(output["importance_sampling_ratio"][is_complete].flatten().tolist())
         return output
 
     trainer._generate_and_score_completions = recording
     trainer.train(resume_from_checkpoint=resume)
-    result = {"rows": rows, "ratios": ratios, "tokens": generated_tokens, "log_history": trainer.state.log_history}
+    result = {"rows": recorded, "ratios": ratios, "tokens": generated_tokens, "log_history": trainer.state.log_history}
     torch.save(result, FOLDER / f"served_{os.environ.get('RANK', 0)}.pt")
     trainer.accelerator.end_training()  # or gloo's threads may abort the process at its end
 

@@ -115,8 +115,16 @@ def test_a_finished_run_is_not_repeated_and_the_report_reads_it(tmp_path, monkey
     assert runs[0].file(tmp_path).exists() and not runs[1].file(tmp_path).exists()
     assert json.loads(runs[0].file(tmp_path).read_text())["seed"] == 1
     compare.execute(runs[1], tmp_path)
-    records, weights = report.read(tmp_path)
+    records, weights = report.read(tmp_path, tmp_path)
     assert len(records) == 4 and len(weights) == 18
     table = report.comparison_table(report.at_budgets(records), "chains", "updates")
     row = "| LUFFY | 0.0003 | 0.100 ± 0.000 | 0.000 ± 0.000 | 0.200 ± 0.000 | 1.000 ± 0.000 | 0k |"
     assert table.splitlines()[-1] == row
+
+    # Rows of other runs are kept, and those of a run that is done again are not
+    committed = records.assign(commit="earlier", held_out=0.5)
+    other = committed[committed["seed"] == 1].assign(method="sft")
+    pd.concat([committed, other]).to_csv(tmp_path / "runs.csv", index=False)
+    records, _ = report.read(tmp_path, tmp_path)
+    assert len(records) == 4 + 2 and set(records.loc[records["method"] == "luffy", "held_out"]) == {0.1}
+    assert set(records.loc[records["commit"] == "earlier", "method"]) == {"sft"}

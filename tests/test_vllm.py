@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +22,10 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "agent"))
+import products
 
 
 pytestmark = pytest.mark.skipif(
@@ -86,8 +91,11 @@ def server(tmp_path_factory):
     server.kill()
 
 
-def launch(folder, server, num_processes, options, **scenario):
-    save_model(folder / "model")
+def launch(folder, server, num_processes, options, model=None, **scenario):
+    if model is None:
+        save_model(folder / "model")
+    else:
+        shutil.copytree(model, folder / "model")
     script = Path(__file__).with_name("launched_vllm.py")
     command = [sys.executable, "-m", "accelerate.commands.launch", *(["--multi_gpu"] * (num_processes > 1))]
     scenario = json.dumps({"server_url": server.url, "options": options, **scenario})
@@ -155,3 +163,45 @@ def test_a_lost_server(tmp_path, server):
     assert result.returncode == 0, result.stdout[-4000:]
     logs = torch.load(tmp_path / "served_0.pt")["log_history"]
     assert [log["step"] for log in logs if "reward" in log] == [1, 2, 3, 4]
+
+
+@pytest.fixture(scope="module")
+def acting_server(tmp_path_factory):
+    """One whose model always calls the tool with 2 and 3, and then says 6."""
+    folder = tmp_path_factory.mktemp("acting")
+    tokenizer = products.build_tokenizer()
+    model = tiny.make_model(tokenizer, hidden_size=64, intermediate_size=64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    texts = [products.render(tokenizer, f"1{i}*2{i}", products.solve([2, 3])) for i in range(8)]
+    ids = torch.tensor([tokenizer(text)["input_ids"] for text in texts])
+    for _ in range(150):
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    server = Server(folder / "model", folder / "log.txt").wait()
+    yield server, folder / "model"
+    server.kill()
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.parametrize("policy", ["always", "on_failure"])
+def test_tools(tmp_path, acting_server, num_processes, policy):
+    """Rollouts call tools through the server, demonstrations do not, on processes that call differently often."""
+    server, model = acting_server
+    before = server.count_tokens()
+    options = {"num_demonstrations": 1, "demonstration_policy": policy, "max_completion_length": 60}
+    options |= {"failure_threshold": 0.5} if policy == "on_failure" else {}
+    result = launch(tmp_path, server, num_processes, {**options, "learning_rate": 1e-4}, model=model, acts=True)
+    assert result.returncode == 0, result.stdout[-4000:]
+    ranks = [torch.load(tmp_path / f"served_{rank}.pt") for rank in range(num_processes)]
+    assert server.count_tokens() - before == sum(rank["tokens"] for rank in ranks)
+    logs = [log for log in ranks[0]["log_history"] if "reward" in log]
+    assert len(logs) == 4
+    for log in logs:
+        assert log["tools/call_frequency"] == pytest.approx(1.0, abs=0.3)
+        assert log["sampling/sampling_logp_difference/mean"] < 1e-4
+    ratios = [value for rank in ranks for values in rank["ratios"] for value in values]
+    assert ratios and set(ratios) == {1.0}

@@ -12,7 +12,7 @@ Compares the methods of `methods.py` on two tasks, at two equal budgets, and the
 4. The map: the same on the task `chains` with other traces, and with models that succeed more often to begin with.
 
 A run that has finished is not repeated, so that the command can be killed and given again. `--stages report` makes
-tables and plots from the runs that there are.
+tables and plots from the runs that there are, and from those that `--results_dir` has of other methods.
 """
 
 import argparse
@@ -135,6 +135,9 @@ def main():
     parser.add_argument(
         "--conditions", nargs="+", choices=MAP_CONDITIONS, default=list(MAP_CONDITIONS), help="Of the map."
     )
+    parser.add_argument(
+        "--methods", nargs="+", choices=methods.METHODS, default=list(methods.METHODS), help="Of all stages."
+    )
     args = parser.parse_args()
     folder = args.output_dir.absolute()
 
@@ -144,7 +147,7 @@ def main():
         do_all(warm_up, list(warm.values()), folder, args.jobs, "Warm models")
         do_all(execute, runs, folder, args.jobs, description)
 
-    everything = list(itertools.product(methods.TASKS, methods.METHODS))
+    everything = list(itertools.product(methods.TASKS, args.methods))
     if "tune" in args.stages:
         do(
             [
@@ -154,7 +157,7 @@ def main():
             "Learning rates",
         )
     if "compare" in args.stages:
-        best = report.best_learning_rates(report.read(folder)[0])
+        best = report.best_learning_rates(report.read(folder, args.results_dir)[0])
         do(
             [
                 Run("compare", task, "standard", method, best[task, method], seed)
@@ -163,11 +166,13 @@ def main():
             "Comparison",
         )
     if "map" in args.stages:
-        best = report.best_learning_rates(report.read(folder)[0])
+        best = report.best_learning_rates(report.read(folder, args.results_dir)[0])
         do(
             [
                 Run("map", "chains", condition, method, best["chains", method], seed)
-                for seed, condition, method in itertools.product(MAP_SEEDS, args.conditions, MAP_METHODS)
+                for seed, condition, method in itertools.product(
+                    MAP_SEEDS, args.conditions, [method for method in MAP_METHODS if method in args.methods]
+                )
             ],
             "Map",
         )

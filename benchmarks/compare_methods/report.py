@@ -17,8 +17,8 @@ import matplotlib.pyplot as plt
 KEYS = ["stage", "task", "condition", "method", "learning_rate", "seed"]
 
 
-def read(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Evaluations and gradient weights of all runs in `folder`, a row each."""
+def read(folder: Path, results_dir: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Evaluations and gradient weights of all runs in `folder`, a row each, and of earlier ones in `results_dir`."""
     records, weights = [], []
     for file in sorted(folder.glob("*/*.json")):
         run = json.loads(file.read_text())
@@ -29,7 +29,18 @@ def read(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
             weights.append(
                 {**keys, "probability_from": low, "probability_to": high, "tokens": count, "weight": weight}
             )
-    return pd.DataFrame(records), pd.DataFrame(weights)
+    return with_earlier(records, results_dir / "runs.csv"), with_earlier(weights, results_dir / "weights.csv")
+
+
+def with_earlier(records: list[dict], file: Path) -> pd.DataFrame:
+    """Adds the rows of a file, but for those of runs that have been done again."""
+    rows = pd.DataFrame(records, columns=None if records else KEYS)
+    if not file.exists():
+        return rows
+    earlier = pd.read_csv(file)
+    done = set(rows[KEYS].itertuples(index=False, name=None))
+    is_kept = [keys not in done for keys in earlier[KEYS].itertuples(index=False, name=None)]
+    return pd.concat([earlier[is_kept], rows], ignore_index=True)
 
 
 def best_learning_rates(records: pd.DataFrame) -> dict[tuple[str, str], float]:
@@ -207,7 +218,7 @@ def plot_weights(weights: pd.DataFrame, path: Path):
 
 def write(folder: Path, results_dir: Path):
     """Writes `runs.csv`, `weights.csv`, `tables.md` and the plots."""
-    records, weights = read(folder)
+    records, weights = read(folder, results_dir)
     results_dir.mkdir(parents=True, exist_ok=True)
     records.round(5).to_csv(results_dir / "runs.csv", index=False)
     weights.round(6).to_csv(results_dir / "weights.csv", index=False)
