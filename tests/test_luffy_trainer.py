@@ -1259,6 +1259,7 @@ def test_the_arguments_are_those_of_grpo_trainer():
         ("training_step", ["self", "model", "inputs", "num_items_in_batch"]),
         ("_prepare_inputs", ["self", "generation_batch"]),
         ("train", ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"]),
+        ("evaluate", ["self", "eval_dataset", "ignore_keys", "metric_key_prefix"]),
         ("_get_train_sampler", ["self", "dataset"]),
         (
             "_get_dataloader",

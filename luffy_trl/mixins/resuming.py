@@ -66,7 +66,7 @@ class ResumingTrainer(GRPOTrainer):
     """
     A [`~trl.GRPOTrainer`] of which a resumed run is the run that was interrupted, to the last bit.
 
-    - Overrides `train`, `_get_train_sampler`, `_save_checkpoint` and `_init_training_state`.
+    - Overrides `train`, `evaluate`, `_get_train_sampler`, `_save_checkpoint` and `_init_training_state`.
     - Adds `generation_state` and `load_generation_state`, which a subclass extends by what it keeps from one
       optimizer step to the next; `forget_generation`; `options_of_a_batch`, which it extends by its options; and
       `kept_by_all`, objects with `state_dict` and `load_state_dict` whose state is equal on all processes.
@@ -219,9 +219,9 @@ class ResumingTrainer(GRPOTrainer):
         """Goes on from what `generation_state` has returned."""
         self._metrics["train"].update(state["metrics"])
 
-    def evaluate(self, *args, **kwargs):
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         self._metrics["eval"].clear()  # of an evaluation that was interrupted
-        return super().evaluate(*args, **kwargs)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def forget_generation(self):
         """Takes away what an earlier, or interrupted, `train` has left, so that the next begins as the first did."""
