@@ -2,7 +2,7 @@
 """
 A model that never calls its tool learns it from traces: the same trainer with and without demonstrations.
 
-    python examples/agent/train_agent.py                    # 3 seeds, about 15 minutes on two cores
+    python examples/agent/train_agent.py                    # 3 seeds, some 25 minutes on a core
     python examples/agent/train_agent.py --seeds 0
 
 1. A warm model of 200,000 parameters. Asked to use the tool it does, and copies what the tool answers; on a plain
@@ -151,7 +151,7 @@ def main():
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.strip().splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/agent"), help="Folder to write to.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--num_warm_up_steps", type=int, default=2000, help="Optimizer steps of the warm-up.")
+    parser.add_argument("--num_warm_up_steps", type=int, default=3500, help="Optimizer steps of the warm-up.")
     parser.add_argument("--num_updates", type=int, default=80, help="Updates of each method.")
     args = parser.parse_args()
     records = []
