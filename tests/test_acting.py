@@ -2,6 +2,7 @@
 
 """Groups of demonstrations and rollouts that call tools, and act in environments."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -302,6 +303,21 @@ def test_rewards_of_traces_from_the_dataset(tmp_path):
     trainer = make_trainer(tmp_path, stream, tools=(), rewards=[first], num_demonstrations=2)
     with pytest.raises(ValueError, match=message):
         trainer.train()
+
+
+def test_resumed_within_a_generation_batch(tmp_path):
+    """What was acted, and the masks, are in the checkpoint: the same weights to the bit."""
+    options = {"max_steps": 3, "steps_per_generation": 2, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(tmp_path / "all", ROWS, **options).train()
+    shutil.copytree(tmp_path / "all" / "checkpoint-1", tmp_path / "resumed" / "checkpoint-1")
+    resumed = make_trainer(tmp_path / "resumed", ROWS, **options)
+    resumed.train(resume_from_checkpoint=True)
+    expected, weights = (
+        load_file(tmp_path / run / "checkpoint-3" / "model.safetensors") for run in ("all", "resumed")
+    )
+    assert all(torch.equal(value, weights[name]) for name, value in expected.items())
+    state = torch.load(tmp_path / "all" / "checkpoint-1" / "generation_0.pt")
+    assert any("tool_mask" in batch and (batch["tool_mask"] == 0).any() for batch in state["buffered_inputs"])
 
 
 def test_prompts_with_fields_of_other_messages(tmp_path, capsys):

@@ -394,7 +394,7 @@ def test_the_site(tmp_path):
     assert own and all(f"<code>{name}</code>" in api for name in own)
     assert "[<code>" not in api and "&gt; Parameters" not in api and "quantization_config" in api
     tables = (ROOT / "benchmarks/compare_methods/results/tables.md").read_text()
-    page = (tmp_path / "luffy_or_sft" / "index.html").read_text()
+    page = (tmp_path / "methods" / "index.html").read_text()
     assert all(number in page for number in re.findall(r"\d\.\d{3} ± \d\.\d{3}", tables))
     for picture in ("benchmarks/step/results/step.png", "figures/groups.png", "quickstart.png"):
         assert (tmp_path / picture).exists()
