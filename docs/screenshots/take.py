@@ -70,7 +70,7 @@ def take(folder: Path, output: Path):
 
 
 def take_tokens(page: Path, picture: Path):
-    with browser.chromium(900, 900) as driver:
+    with browser.chromium(900, 2000) as driver:  # an element is cut at the end of the window
         browser.open_page(driver, page)
         driver.find_element("id", "weights").screenshot(str(picture))
 
