@@ -75,6 +75,11 @@ def _import_module(name: str) -> ModuleType:
         return importlib.import_module(name)
 
 
+def load_tools(names: list[str] | None) -> list:
+    """The functions of `--tools`."""
+    return [load_object(name, "tools") for name in names or []]
+
+
 def load_object(name: str, option: str) -> Any:
     """A function or class, from its dotted path."""
     module, _, attribute = name.rpartition(".")

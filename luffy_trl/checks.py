@@ -192,13 +192,10 @@ def check_given_rewards(dataset: Any, num_functions: int):
     if not isinstance(dataset, Dataset) or "demonstration_rewards" not in dataset.column_names:
         return
     has_several = "demonstrations" in dataset.column_names
+    allowed = (0, 1, num_functions)  # none at all is refused where traces are read
     for index, value in enumerate(dataset["demonstration_rewards"]):
         for scores in value if has_several and isinstance(value, list) else [value]:
-            if isinstance(scores, list) and len(scores) not in (
-                0,
-                1,
-                num_functions,
-            ):  # 0 is refused where traces are read
+            if isinstance(scores, list) and len(scores) not in allowed:
                 raise ValueError(
                     f"row {index}: `demonstration_rewards` has {len(scores)} numbers for a trace, and there are "
                     f"{num_functions} reward functions. Give one number, or one for each function."

@@ -264,9 +264,8 @@ def ranges(args: Args):
             f"`prefix_ratio_min` ({args.prefix_ratio_min}) and `prefix_ratio_max` ({args.prefix_ratio_max}) must "
             "be between 0 and 1, the first not greater than the second."
         )
-    if (
-        args.prefix_ratio_max == 0 and args.num_demonstrations > 0 and args.hint_source != "trace"
-    ):  # which reads traces that are not shown
+    # Hints of traces read what need not be shown
+    if args.prefix_ratio_max == 0 and args.num_demonstrations > 0 and args.hint_source != "trace":
         raise ValueError(
             "`prefix_ratio_max=0` shows nothing of any trace. Raise it, or set `num_demonstrations=0` for no "
             "demonstrations."

@@ -33,7 +33,8 @@ from trl.chat_template_utils import parse_response
 from trl.data_utils import is_conversational, prepare_multimodal_messages
 
 from .errors import loading_model
-from .turns import Tools, Turns, answer_ids, clean_prompt, has_turns, read_turns
+from .messages import clean_prompt
+from .turns import Tools, Turns, answer_ids, has_turns, read_turns
 
 
 logger = get_logger(__name__)

@@ -22,6 +22,8 @@ from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .files import LOCK_FILE
+
 
 _SET_PARENT_DEATH_SIGNAL = 1  # of Linux' prctl
 
@@ -117,8 +119,7 @@ def holding(file: Path, refusal: str):
 @contextmanager
 def _lock(output_dir: str):
     """Holds the lock of a folder in this process; a `ValueError` if another run does."""
-    # The Hub leaves out files whose names begin like this
-    file = Path(output_dir) / "_run.lock"
+    file = Path(output_dir) / LOCK_FILE
     refusal = f"Another run writes to `output_dir` {output_dir!r}. Wait for its end, or choose another folder."
     with holding(file, refusal):
         try:

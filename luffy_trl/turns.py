@@ -26,6 +26,8 @@ from trl.chat_template_utils import (
     supports_tool_calling,
 )
 
+from .messages import without_none
+
 
 @dataclass(frozen=True)
 class Turns:
@@ -267,27 +269,8 @@ def _read_call(call: Any, place: str, tool_names: set[str]) -> tuple[str | None,
     if arguments is not None and not isinstance(arguments, dict):
         raise ValueError(f"{place}: `arguments` must be an object, got {str(arguments)[:100]!r}.")
     if not isinstance(function.get("arguments"), str):  # Arrow gives each call the arguments of all others, as None
-        arguments = _without_none(arguments or {})
+        arguments = without_none(arguments or {})
     return call.get("id"), {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-
-
-def clean_prompt(prompt: Any) -> Any:
-    """A prompt whose messages have no fields that Arrow has added: it gives each those of all others, as None."""
-    if not isinstance(prompt, list):
-        return prompt
-    return [
-        {key: _without_none(own) for key, own in message.items() if own is not None or key == "content"}
-        if isinstance(message, dict)
-        else message
-        for message in prompt
-    ]
-
-
-def _without_none(value: Any) -> Any:
-    """Arguments of a call, without those of all others."""
-    if isinstance(value, dict):
-        return {key: _without_none(own) for key, own in value.items() if own is not None}
-    return [_without_none(own) for own in value] if isinstance(value, list) else value
 
 
 def answer_ids(

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+import pytest
 from datasets import Dataset
 
 from luffy_trl.demonstrations import tokenize_demonstrations
@@ -88,6 +89,11 @@ def test_the_command_runs_to_the_plot(tmp_path, monkeypatch, capsys):
     assert set(records["method"]) == {"luffy", "on_policy"} and set(records["step"]) == {0, 1}
     assert len(records) == 2 * 2 * 3 and records["value"].notna().all()
     assert "| LUFFY | 0 | 0.000 | 0.000 |" in capsys.readouterr().out
+    for option, message in (("--num_warm_up_steps", "a warm model of other settings"), ("--num_updates", "1 updates")):
+        monkeypatch.setattr(sys, "argv", ["train_agent.py", *args, option, "3"])
+        with pytest.raises(ValueError, match=f"{message}. Give another `--output_dir`"):
+            train_agent.main()
+    monkeypatch.setattr(sys, "argv", ["train_agent.py", *args])
     before = (tmp_path / "seed_0" / "luffy" / "trainer_state.json").stat().st_mtime_ns
     train_agent.main()  # repeats nothing
     assert (tmp_path / "seed_0" / "luffy" / "trainer_state.json").stat().st_mtime_ns == before

@@ -65,7 +65,10 @@ def sample_turn(rng: random.Random, tokenizer) -> tuple[str, str]:
 
 def warm_model(seed: int, num_steps: int, folder: Path) -> Path:
     """Trains the warm model of a seed, unless it is there."""
-    if not (folder / "warm_up.json").exists():
+    file, settings = folder / "warm_up.json", {"seed": seed, "num_steps": num_steps}
+    if file.exists() and json.loads(file.read_text()) != settings:
+        raise ValueError(f"{folder} holds a warm model of other settings. Give another `--output_dir`.")
+    if not file.exists():
         set_seed(seed)
         tokenizer = products.build_tokenizer()
         model = prepare.build_model(tokenizer)
@@ -73,7 +76,7 @@ def warm_model(seed: int, num_steps: int, folder: Path) -> Path:
         prepare.warm_up(model, tokenizer, config, set(), lambda rng, _: sample_turn(rng, tokenizer))
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        (folder / "warm_up.json").write_text(json.dumps({"seed": seed, "num_steps": num_steps}))
+        file.write_text(json.dumps(settings))
     return folder
 
 
@@ -115,10 +118,12 @@ def train(method: str, seed: int, num_updates: int, splits: DatasetDict, model: 
         )
         trainer.train()
         trainer.save_state()
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    state = json.loads((folder / "trainer_state.json").read_text())
+    if state["max_steps"] != num_updates:
+        raise ValueError(f"{folder} holds a run of {state['max_steps']} updates. Give another `--output_dir`.")
     return [
         {"method": method, "seed": seed, "step": record["step"], "panel": title, "value": record[metric]}
-        for record in history
+        for record in state["log_history"]
         for (split, metric), title in PANELS.items()
         if f"eval_{split}_loss" in record
     ]

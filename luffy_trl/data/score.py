@@ -25,7 +25,7 @@ from transformers import (
 )
 from trl.trainer.utils import pad, selective_log_softmax
 
-from ..arguments import Parser, load_object
+from ..arguments import Parser, load_tools
 from ..demonstrations import (
     check_columns,
     find_eos_token_ids,
@@ -159,7 +159,7 @@ def main(args: ScoreArguments):
     dataset = load_data(args.dataset_name, args.dataset_split)
     with loading_model(args.model_name_or_path):
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
-    tools = Tools.of_run(tokenizer, [load_object(name, "tools") for name in args.tools or []], None)
+    tools = Tools.of_run(tokenizer, load_tools(args.tools), None)
     with loading_model(args.teacher_name_or_path, "teacher_name_or_path"):
         teacher_tokenizer = AutoTokenizer.from_pretrained(args.teacher_name_or_path)
     teacher_vocab = teacher_tokenizer.get_vocab()

@@ -10,12 +10,12 @@ from transformers import TrainerCallback, TrainingArguments
 from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
+from ..files import LOG_FILE, RUN_FILE
 from ..provenance import library_versions
 from ..recipe import differing
 
 
 # Trainers do not push what begins with an underscore
-LOG_FILE, RUN_FILE = "_log.jsonl", "_run.json"
 # Options that a reader looks for first, beside those that differ from their defaults
 _RECIPE = (
     *("num_generations", "num_demonstrations", "objective", "policy_shaping", "policy_shaping_gamma"),

@@ -19,8 +19,9 @@ import time
 from pathlib import Path
 
 from ..errors import in_one_line
+from ..files import LOCK_FILE, LOG_FILE, RUN_FILE
 from .page import build_page, write_page
-from .reading import LOCK_FILE, LOG_FILE, RUN_FILE, Run, lock_is_free, read_run
+from .reading import Run, lock_is_free, read_run
 
 
 _FILES = (LOG_FILE, RUN_FILE, "trainer_state.json")  # by which the folder of a run is known

@@ -13,9 +13,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from ..files import LOCK_FILE, LOG_FILE, RUN_FILE
+from ..messages import without_none
 
-LOG_FILE, RUN_FILE = "_log.jsonl", "_run.json"  # of `mixins.recording`, which needs torch
-LOCK_FILE = "_run.lock"  # of `processes`, which does too
+
 _GIVEN = ("demonstration", "prefix", "replay")  # sources of rows that are no rollouts
 _STEPS_READ = 60  # completions of more steps than these are left out; one file may have 100 MB
 _GROUPS_OF_A_STEP = 12
@@ -385,16 +386,9 @@ def _calls(message: dict[str, Any]) -> str:
         function = (call.get("function") or call) if isinstance(call, dict) else {}
         arguments = function.get("arguments")
         if not isinstance(arguments, str):
-            arguments = json.dumps(_without_none(arguments or {}), default=str)
+            arguments = json.dumps(without_none(arguments or {}), default=str)
         shown.append(f"\n[{function.get('name')}({arguments})]")
     return "".join(shown)
-
-
-def _without_none(value: Any) -> Any:
-    """Arguments of one call: parquet gives each those of all others, as None."""
-    if isinstance(value, dict):
-        return {key: _without_none(own) for key, own in value.items() if own is not None}
-    return [_without_none(own) for own in value] if isinstance(value, list) else value
 
 
 def _text(value: Any) -> str:

@@ -24,7 +24,7 @@ from trl import (
     get_quantization_config,
 )
 
-from ..arguments import Parser, load_object
+from ..arguments import Parser, load_tools
 from ..checks import check_machine, check_model
 from ..data import load_data, without_long_prompts
 from ..demonstrations import (
@@ -121,7 +121,7 @@ def main(script_args: SFTScriptArguments, training_args: TraceSFTConfig, model_a
         tokenizer, load_generation_config(model_args.model_name_or_path, **load_options)
     )
 
-    tools = Tools.of_run(tokenizer, [load_object(name, "tools") for name in script_args.tools or []], None)
+    tools = Tools.of_run(tokenizer, load_tools(script_args.tools), None)
     own_kwargs: Any = script_args.chat_template_kwargs  # parsed by now
     chat_template_kwargs = {**tools.options(None), **(own_kwargs or {})}
 

@@ -20,7 +20,7 @@ from transformers import AutoProcessor, ProcessorMixin
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 from trl.rewards import accuracy_reward, reasoning_accuracy_reward, think_format_reward
 
-from ..arguments import Parser, load_object
+from ..arguments import Parser, load_object, load_tools
 from ..checks import (
     check_acting,
     check_machine,
@@ -115,7 +115,7 @@ class LuffyScriptArguments(ScriptArguments):
 
 def get_tools(args: LuffyScriptArguments) -> tuple[list | None, Any]:
     """The tools and the environment that the arguments name."""
-    tools = [load_object(name, "tools") for name in args.tools or []] or None
+    tools = load_tools(args.tools) or None
     factory = args.environment_factory
     return tools, factory and load_object(factory, "environment_factory")
 
